@@ -1,0 +1,182 @@
+"""The configs of the commands: frozen keyword-only dataclasses, no torch. A method's own config stands in its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how a run computes."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps; auto takes the accelerator that is there."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 autocast on a GPU that has it, else fp32."""
+    threads: int | None = None
+    """CPU threads of torch; none leaves torch's own choice."""
+    compile: bool = False
+    """Compile the networks with torch.compile (slow start, faster steps on a GPU)."""
+    world: int | None = None
+    """Number of processes that must take part; a different world size is refused."""
+    tracker: str | None = None
+    """Comma-separated accelerate trackers (tensorboard, wandb, ...); metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeConfig:
+    """`synthkit synthesize`: make a bank of images from a trained classifier."""
+
+    teacher: str
+    """Model spec: NAME, NAME@FILE, a card, a run directory, timm:NAME, torchvision:NAME."""
+    method: Any
+    """Config of the synthesis method (flags --method.*)."""
+    method_name: str = "cudfkd"
+    """Name in the method table (flag --method NAME)."""
+    curriculum: str = "easy2hard"
+    """Curriculum variant: easy2hard, none or a named variant (synthkit list curricula)."""
+    images: int = 50_000
+    """Images in the finished bank."""
+    images_per_shard: int | None = None
+    """Images per shard; none plans 20 shards or more, of at most 64 MiB."""
+    seed: int = 0
+    """Base seed of every random draw."""
+    out: str | None = None
+    """Bank directory; none makes banks/METHOD-TEACHER-HASH."""
+    resume: bool = False
+    """Go on with the unfinished bank in `out`."""
+    eval_data: str | None = None
+    """Labelled data for a diagnostic accuracy curve of the co-trained student; never used for any decision."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """`synthkit distill`: train a student from a bank alone."""
+
+    bank: str
+    """Bank directory."""
+    student: str
+    """Model spec of the student; a name gives fresh weights."""
+    teacher: str | None = None
+    """Model spec of the teacher; none takes the one that the bank names, or the stored logits."""
+    loss: Any = None
+    """Config of the loss (flags --loss.*)."""
+    loss_name: str = "kd"
+    """Name in the loss table (flag --loss NAME)."""
+    labels: Literal["none", "argmax", "stored"] = "none"
+    """Hard-label policy of the cross-entropy term: no term, the teacher's argmax, or the bank's labels."""
+    label_weight: float = 0.0
+    """Weight of the cross-entropy term on the hard labels."""
+    logits: Literal["auto", "live", "stored"] = "auto"
+    """Teacher logits: computed live on the augmented image, or read from the bank; auto is live when a teacher is found."""
+    fresh: float = 0.0
+    """Share of every batch drawn anew from the bank's generator snapshots (needs a live teacher)."""
+    epochs: int | None = None
+    """Passes over the bank; none follows the protocol."""
+    steps: int | None = None
+    """Total optimiser steps (instead of epochs)."""
+    protocol: str = "auto"
+    """Named preset of batch, optimiser and schedule (synthkit list protocols); flags given by hand win."""
+    batch_size: int | None = None
+    """Global batch size."""
+    lr: float | None = None
+    """Peak learning rate."""
+    optimizer: Literal["sgd", "adamw", "adam"] | None = None
+    """Optimiser."""
+    momentum: float | None = None
+    """SGD momentum."""
+    weight_decay: float | None = None
+    """Weight decay on all parameters."""
+    schedule: Literal["cosine", "step", "constant"] | None = None
+    """Learning-rate schedule."""
+    warmup: float = 0.0
+    """Share of the steps with linear warm-up."""
+    augment: str | None = None
+    """Augmentation policy of the bank images; none follows the protocol."""
+    order: Literal["random", "easy2hard"] = "random"
+    """Order of the bank: uniform, or by stored difficulty from easy to hard."""
+    holdout: float = 0.05
+    """Share of the bank kept out of training to measure agreement with the teacher."""
+    eval_data: str | None = None
+    """Labelled data for evaluation only (last epoch is reported; never used to select)."""
+    eval_every: int = 0
+    """Evaluate every so many epochs (0: only at the end)."""
+    control: str = "none"
+    """Also train a control student for the same steps: noise, or a data spec for an equal-size random-real control."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    seeds: int = 1
+    """Number of students trained with seed, seed+1, ...; mean and std are reported."""
+    out: str | None = None
+    """Run directory; none makes runs/STUDENT-BANK-HASH."""
+    resume: bool = False
+    """Go on with the unfinished run in `out`."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig:
+    """`synthkit teach`: train a teacher on real data."""
+
+    arch: str
+    """Architecture name (synthkit list models)."""
+    data: str
+    """Data spec of the training data (its train split)."""
+    eval_data: str | None = None
+    """Data spec of the test data; none takes the test split of `data`."""
+    epochs: int = 200
+    """Passes over the data."""
+    batch_size: int = 128
+    """Global batch size."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
+    """Optimiser."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 5e-4
+    """Weight decay on all parameters."""
+    nesterov: bool = True
+    """Nesterov momentum."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """Learning-rate schedule."""
+    warmup: float = 0.02
+    """Share of the steps with linear warm-up."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy."""
+    augment: str = "auto"
+    """Augmentation policy; auto is crop_flip for colour images, shift for grey ones."""
+    image_size: int | None = None
+    """Side of the input; none keeps the data's own, except 32 for LeNet."""
+    eval_every: int = 0
+    """Evaluate every so many epochs (0: only at the end)."""
+    seed: int = 0
+    """Seed of initialisation, order and augmentation."""
+    out: str | None = None
+    """Run directory; none makes teachers/ARCH-DATA."""
+    resume: bool = False
+    """Go on with the unfinished run in `out`."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`synthkit evaluate`: how good a model is, on labelled data or against its teacher."""
+
+    model: str
+    """Model spec (a run directory, a card, NAME@FILE, ...)."""
+    data: str | None = None
+    """Labelled data spec; with `bank:DIR` the agreement with the teacher on a bank is measured, labelled as such."""
+    teacher: str | None = None
+    """Teacher spec for agreement and KL; for a run directory the run's own teacher is the default."""
+    split: Literal["train", "test", "all"] = "test"
+    """Split of the data."""
+    limit: int | None = None
+    """Use a random sample of so many images."""
+    out: str | None = None
+    """Write the result as JSON to this file too."""
+    seed: int = 0
+    """Seed of the sample."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

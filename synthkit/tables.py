@@ -1,0 +1,70 @@
+"""The tables of what can be named on the command line. Looked up lazily; no heavy import here.
+
+Third parties add entries through the entry-point groups `synthkit.methods` and `synthkit.losses`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from synthkit.errors import ConfigError
+
+METHODS: dict[str, str] = {
+    "cudfkd": "synthkit.synthesis.generator.cudfkd:CuDFKD",
+}
+
+LOSSES: dict[str, str] = {
+    "kd": "synthkit.distillation.losses.kd:KD",
+    "l1": "synthkit.distillation.losses.l1:L1",
+    "soft_ce": "synthkit.distillation.losses.soft_ce:SoftCE",
+    "js": "synthkit.distillation.losses.js:JS",
+}
+
+DATASETS: dict[str, str] = {
+    "mnist": "torchvision MNIST folder (idx files)",
+    "cifar10": "torchvision CIFAR-10 folder, or an ImageFolder of it",
+    "cifar100": "torchvision CIFAR-100 folder, or an ImageFolder of it",
+    "imagefolder": "one folder per class, optionally with train/ and test/ (or val/) below",
+    "parquet": "Hugging Face image parquet: FILE or glob, or a folder with train*/test* files",
+    "hf": "a Hugging Face dataset by name (needs `datasets`)",
+    "bank": "a synthkit bank",
+}
+
+CURRICULA: dict[str, str] = {
+    "easy2hard": "log self-paced weights and the adversarial ramp (as published)",
+    "easy2hard-hard": "hard (0/1) self-paced weights and the ramp",
+    "easy2hard-soft": "linear self-paced weights and the ramp",
+    "weights-only": "log self-paced weights, constant adversarial weight",
+    "ramp-only": "the adversarial ramp, every sample weighs 1",
+    "none": "no curriculum: every sample weighs 1, constant adversarial weight",
+}
+
+
+def _with_plugins(table: dict[str, str], group: str) -> dict[str, str]:
+    found = {e.name: e.value for e in entry_points(group=group)}
+    return {**found, **table}
+
+
+def methods() -> dict[str, str]:
+    """Name -> `module:Class` of every synthesis method, plug-ins included."""
+    return _with_plugins(METHODS, "synthkit.methods")
+
+
+def losses() -> dict[str, str]:
+    """Name -> `module:Class` of every distillation loss, plug-ins included."""
+    return _with_plugins(LOSSES, "synthkit.losses")
+
+
+def lookup(kind: str, name: str) -> Any:
+    """The class behind `name` in the table `kind` ("method" or "loss").
+
+    Raises:
+        ConfigError: the name is unknown; the nearest one is offered.
+    """
+    table = methods() if kind == "method" else losses()
+    if name not in table:
+        raise ConfigError(f"{kind}: not a known {kind}", got=name, allowed=table, hint=f"synthkit list {'methods' if kind == 'method' else 'losses'}")
+    module, _, attribute = table[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
