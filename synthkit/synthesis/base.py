@@ -1,0 +1,200 @@
+"""Contracts of the synthesis engine: what a method receives, what it yields, what it declares.
+
+A method is a class in its own file with a nested frozen `Config` dataclass and the attributes of `Synthesizer`; the
+table `synthkit.tables.METHODS` names it. It never opens a file and never knows the bank.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from synthkit.lazy import torch
+from synthkit.synthesis.curriculum import Curriculum
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from synthkit.models.view import ModelView, TeacherView
+    from synthkit.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requires:
+    """What a method cannot work without; the engine refuses an impossible task before any work."""
+
+    teacher: bool = True
+    """A trained classifier."""
+    batchnorm: bool = False
+    """BatchNorm layers in the teacher."""
+    real_data: bool = False
+    """A real dataset."""
+    grad: bool = True
+    """Gradients through the teacher (a black-box teacher has none)."""
+    shardable: bool = False
+    """Shards are independent, so `--shards I/N` may split the work."""
+
+
+@dataclass(kw_only=True)
+class ImageBatch:
+    """What flows from a synthesizer to the bank: images in [0, 1] (or uint8), never normalised."""
+
+    images: Tensor
+    """(B, C, H, W) uint8, or float in [0, 1]."""
+    labels: Tensor | None = None
+    """(B,) int64: intended class or the teacher's argmax."""
+    logits: Tensor | None = None
+    """(B, K) teacher logits of exactly these (quantised) images."""
+    difficulty: Tensor | None = None
+    """(B,) float, e.g. the KD loss of a reference student."""
+    step: int = 0
+    """Step of the method at which the images were made."""
+
+
+@dataclass(kw_only=True)
+class Snapshot:
+    """A generator state that the bank keeps, so that fresh images can be drawn from it later."""
+
+    step: int
+    """Step of the method at which it was taken."""
+    spec: dict[str, Any]
+    """Arguments of `models.generators.build_generator`."""
+    state: dict[str, Tensor]
+    """Its state dict."""
+
+
+@dataclass(kw_only=True)
+class Task:
+    """Everything a method may use."""
+
+    teachers: list[TeacherView]
+    """Frozen classifiers; most methods take exactly one."""
+    images: int
+    """Images that the bank asks for."""
+    curriculum: Curriculum
+    """What gets harder, and how."""
+    seed: int
+    """Base seed; draw through `rng`."""
+    runtime: Runtime
+    """Device, precision, ranks."""
+    log: Any = None
+    """Called with a dict of figures now and then (may be None)."""
+    warn: Any = None
+    """Called with a text when something looks wrong (may be None)."""
+    eval_hook: Any = None
+    """Called with the co-trained student view; returns diagnostic figures or None. Never used for decisions."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Family-specific parts (real data, several teachers' weights, ...)."""
+
+    @property
+    def teacher(self) -> TeacherView:
+        """The only, or first, teacher."""
+        return self.teachers[0]
+
+    def seed_of(self, name: str) -> int:
+        """A 63-bit seed for the stream called `name`, independent of all other streams."""
+        sequence = np.random.SeedSequence([self.seed, zlib.crc32(name.encode())])
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def rng(self, name: str, device: Any = None) -> torch.Generator:
+        """A torch generator for the stream called `name` on the run's device."""
+        generator = torch.Generator(device=device or self.runtime.device)
+        generator.manual_seed(self.seed_of(name))
+        return generator
+
+
+class Synthesizer(Protocol):
+    """One synthesis method."""
+
+    requires: ClassVar[Requires]
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any, task: Task): ...
+
+    def generate(self) -> Iterator[ImageBatch]:
+        """Yield `task.images` images in all; while paused at a yield, `state_dict` is enough to go on."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dict of tensors, numbers and strings."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        ...
+
+    def estimate(self) -> dict[str, float]:
+        """{"seconds", "memory_bytes"} that the whole run will take, measured on a small throw-away piece."""
+        ...
+
+    def snapshot(self) -> Snapshot | None:
+        """The generator as it is now, or None where the method has none."""
+        ...
+
+    def student(self) -> ModelView | None:
+        """The co-trained student, or None where the method has none."""
+        ...
+
+
+def flatten_state(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a nested state into flat tensors (for safetensors) and plain values (for JSON)."""
+    tensors: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner_tensors, inner_plain = flatten_state(value, name + "\x1f")
+            tensors.update(inner_tensors)
+            plain.update(inner_plain)
+        elif hasattr(value, "detach"):
+            tensors[name] = value.detach()
+        else:
+            plain[name] = value
+    return tensors, plain
+
+
+def unflatten_state(tensors: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten_state`."""
+    state: dict[str, Any] = {}
+    for name, value in {**plain, **tensors}.items():
+        *path, last = name.split("\x1f")
+        node = state
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return state
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state as a nested dict with string keys (hyper-parameters of the groups included)."""
+    raw = optimizer.state_dict()
+    groups = {
+        str(i): {k: list(v) if isinstance(v, tuple) else v for k, v in g.items() if k != "params"}
+        for i, g in enumerate(raw["param_groups"])
+    }
+    return {"state": {str(k): dict(v) for k, v in raw["state"].items()}, "groups": groups}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Inverse of `optimizer_state` on a freshly built optimiser over the same parameters."""
+    raw = optimizer.state_dict()
+    for i, group in enumerate(raw["param_groups"]):
+        group.update(state.get("groups", {}).get(str(i), {}))
+    raw["state"] = {int(k): v for k, v in state.get("state", {}).items()}
+    optimizer.load_state_dict(raw)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] float to the nearest of 256 levels; values outside are clamped. Same shape, uint8."""
+    return images.detach().float().clamp(0, 1).mul(255).round_().to(torch.uint8)
+
+
+def seeded_init(build: Any, seed: int) -> nn.Module:
+    """Build a network with its default initialisation drawn from `seed`, leaving the global generator untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()

@@ -1,0 +1,57 @@
+"""Loss terms of generators and inversion: pure functions of logits, features and BN statistics.
+
+All logits are (B, K), features (B, D); every function returns a scalar unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from synthkit.lazy import F, torch
+from synthkit.logits import kl_per_sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def class_entropy(logits: Tensor, T: float = 1.0) -> Tensor:
+    """Entropy H of the batch-mean class distribution mean_i softmax(t_i / T); maximal (log K) for a balanced batch."""
+    mean = F.softmax(logits / T, dim=1).mean(0)
+    return -torch.special.xlogy(mean, mean).sum()
+
+
+def one_hot_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Cross-entropy to the labels (B,), or to the network's own argmax: confident images."""
+    return F.cross_entropy(logits, logits.detach().argmax(1) if labels is None else labels)
+
+
+def activation_loss(features: Tensor) -> Tensor:
+    """-mean |f|: strongly activated penultimate features (DAFL)."""
+    return -features.abs().mean()
+
+
+def masked_adversarial_kl(student: Tensor, teacher: Tensor, T: float = 3.0) -> Tensor:
+    """-mean_i 1[argmax s_i = argmax t_i] T^2 KL(softmax(t_i/T) || softmax(s_i/T)), the mean over all B.
+
+    The student's mistakes are not pushed further: only samples on which both decide alike count (decision adversary).
+    """
+    agree = (student.argmax(1) == teacher.argmax(1)).to(teacher.dtype)
+    return -(kl_per_sample(student, teacher, T) * agree).mean()
+
+
+def adi_divergence(student: Tensor, teacher: Tensor, T: float = 3.0) -> Tensor:
+    """Jensen-Shannon divergence J of Adaptive DeepInversion: J = KL(M||P)/2 + KL(M||Q)/2, batchmean.
+
+    P, Q are softmax(s/T), softmax(t/T), M their mean, each clamped to [0.01, 0.99] after averaging.
+    Source: NVlabs/DeepInversion@2413af1 (direction as there: F.kl_div(log P, M)).
+    """
+    p, q = F.softmax(student / T, dim=1), F.softmax(teacher / T, dim=1)
+    mean = 0.5 * (p + q)
+    p, q, mean = (x.clamp(0.01, 0.99) for x in (p, q, mean))
+    halves = (F.kl_div(x.log(), mean, reduction="batchmean") for x in (p, q))
+    return 0.5 * sum(halves)  # type: ignore[return-value]  # the sum of two tensors is a tensor
+
+
+def adversarial_js(student: Tensor, teacher: Tensor, T: float = 3.0) -> Tensor:
+    """1 - clamp(J, 0, 1) with J of `adi_divergence`: images on which student and teacher differ."""
+    return 1 - adi_divergence(student, teacher, T).clamp(0, 1)
