@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,25 @@ from synthkit.data.real import require_memory
 from synthkit.errors import DataError
 
 MAX_BATCH_BYTES = 512 << 20
+
+
+class _Layout(NamedTuple):
+    folder: str
+    train: list[str]
+    test: list[str]
+    labels: str  # key of the labels (python)
+    head: int  # label bytes before the pixels of a row (binary)
+
+
 _PYTHON = {
-    "cifar10": ("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "labels"),
-    "cifar100": ("cifar-100-python", ["train"], ["test"], "fine_labels"),
+    "cifar10": _Layout("cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)], ["test_batch"], "labels", 0),
+    "cifar100": _Layout("cifar-100-python", ["train"], ["test"], "fine_labels", 0),
 }
 _BINARY = {
-    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
-    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
+    "cifar10": _Layout("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], "", 1),
+    "cifar100": _Layout("cifar-100-binary", ["train.bin"], ["test.bin"], "", 2),
 }
+LAYOUTS = {"python": _PYTHON, "binary": _BINARY}
 _PIXELS = 3 * 32 * 32
 
 
@@ -100,11 +111,11 @@ def read_pickle_batch(path: Path) -> dict[str, Any]:
 
 def find_cifar(kind: str, root: Path) -> tuple[str, Path] | None:
     """("python" | "binary", folder) of the batch files at or below `root`, or none."""
-    for form, table in (("python", _PYTHON), ("binary", _BINARY)):
-        folder, train, test, _ = table[kind]
-        for place in (root, root / folder):
+    for form, table in LAYOUTS.items():
+        layout = table[kind]
+        for place in (root, root / layout.folder):
             # cifar100's "train" and "test" could be the folders of an ImageFolder: only files count
-            if any((place / name).is_file() for name in (*train, *test)):
+            if any((place / name).is_file() for name in (*layout.train, *layout.test)):
                 return form, place
     return None
 
@@ -115,17 +126,17 @@ def read_cifar(kind: str, form: str, folder: Path, split: str) -> tuple[Tensor, 
     Raises:
         DataError: a batch file is missing, damaged or unsafe.
     """
-    table = _PYTHON if form == "python" else _BINARY
-    names = table[kind][1 if split == "train" else 2]
+    layout = LAYOUTS[form][kind]
+    names = layout.train if split == "train" else layout.test
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{kind}: {folder} has no {', '.join(missing)}", hint=f"split {split!r} needs all of {names}")
     parts = []
     for name in names:
         if form == "python":
-            parts.append(_python_batch(folder / name, _PYTHON[kind][3]))
+            parts.append(_python_batch(folder / name, layout.labels))
         else:
-            parts.append(_binary_batch(folder / name, _BINARY[kind][3]))
+            parts.append(_binary_batch(folder / name, layout.head))
     images = np.concatenate([part[0] for part in parts]).reshape(-1, 3, 32, 32)
     return torch.from_numpy(images), torch.from_numpy(np.concatenate([part[1] for part in parts]))
 

@@ -120,7 +120,7 @@ def _standard(kind: str, root: Path, split: Split, size: tuple[int, int, int] | 
     places = (
         [f"{below or '.'}/train-images-idx3-ubyte[.gz]" for below in idx.FOLDERS]
         if kind == "mnist"
-        else [f"{cifar._PYTHON[kind][0]}/", f"{cifar._BINARY[kind][0]}/"]
+        else [f"{table[kind].folder}/" for table in cifar.LAYOUTS.values()]
     )
     raise looked_for(kind, root, [*places, "train/CLASS/*.png", "train*.parquet"])
 

@@ -32,7 +32,7 @@ willow_tree wolf woman worm
 CLASS_NAMES: dict[str, list[str]] = {
     "mnist": [str(digit) for digit in range(10)],
     "cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-    "cifar100": _CIFAR100.split(),
+    "cifar100": list(_CIFAR100.split()),
 }
 """Class names in the standard label order."""
 
