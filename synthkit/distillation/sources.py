@@ -1,0 +1,352 @@
+"""Where the trainer's images come from: a bank, real data, fresh generator images or noise.
+
+Every source is a pure function of (seed, step): the order of an epoch, the augmentation, the fresh latents and the
+noise are drawn from generators that are made anew for each step. A resumed run therefore needs no sampler state, and
+each rank takes its slice of the same global batch, so one process and several train the same student.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from synthkit.data.augment import augment
+from synthkit.distillation.contract import Batch
+from synthkit.errors import ConfigError, DataError, RequirementError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from synthkit.bank import Bank
+
+RESIDENT_SHARE = 0.4  # of the free memory of the device
+_STREAMS = {"order": 1, "augment": 2, "fresh": 3, "noise": 4, "holdout": 5, "weights": 6, "dropout": 7, "subset": 8}
+
+
+def stream_seed(seed: int, stream: str, *position: int) -> int:
+    """A 63-bit seed that depends on the run's seed, the purpose and the position (step, epoch, rank)."""
+    sequence = np.random.SeedSequence([seed, _STREAMS[stream], *position])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def torch_generator(seed: int, stream: str, *position: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh torch generator for one purpose and position; the global one is never touched."""
+    return torch.Generator(device=device).manual_seed(stream_seed(seed, stream, *position))
+
+
+def split_holdout(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices (training, held out) of `n` images; a pure function of the seed.
+
+    Raises:
+        ConfigError: the share leaves nothing to train on.
+    """
+    if not 0 <= share < 1:
+        raise ConfigError("holdout is a share in [0, 1)", got=share)
+    held = round(share * n)
+    if n - held < 2:
+        raise ConfigError(f"holdout leaves {n - held} of {n} images for training", got=share, hint="lower --holdout")
+    order = np.random.default_rng(stream_seed(seed, "holdout")).permutation(n)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+
+class RandomOrder:
+    """Every epoch a new permutation of the training indices."""
+
+    def __init__(self, indices: np.ndarray, seed: int):
+        self.indices, self.seed = indices, seed
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(n,) indices in the order of this epoch."""
+        rng = np.random.default_rng(stream_seed(self.seed, "order", epoch))
+        return self.indices[rng.permutation(len(self.indices))]
+
+
+class EasyToHard:
+    """Random order over the easiest images; the share that may be drawn grows with the run.
+
+    In epoch e of E the easiest `share(e) = min(1, start + (1 - start) * e / (until * E))` of the images are shuffled
+    and repeated until the epoch has as many draws as there are images (pacing of Hacohen & Weinshall 2019, linear).
+    """
+
+    def __init__(
+        self, indices: np.ndarray, difficulty: np.ndarray, seed: int, epochs: int, *, start: float = 0.3, until=0.5
+    ):
+        ranks = np.argsort(difficulty[indices], kind="stable")
+        self.indices, self.seed = indices[ranks], seed
+        self.epochs, self.start, self.until = epochs, start, until
+
+    def share(self, epoch: int) -> float:
+        """Share of the images that epoch `epoch` (from 0) draws from."""
+        return min(1.0, self.start + (1.0 - self.start) * epoch / max(self.until * self.epochs, 1e-9))
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(n,) indices in the order of this epoch."""
+        n = len(self.indices)
+        easy = self.indices[: max(2, math.ceil(self.share(epoch) * n))]
+        rng = np.random.default_rng(stream_seed(self.seed, "order", epoch))
+        passes = [easy[rng.permutation(len(easy))] for _ in range(math.ceil(n / len(easy)))]
+        return np.concatenate(passes)[:n]
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on the device (system memory for the CPU)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+class Store(Protocol):
+    """Images by index, on the device."""
+
+    resident: bool
+    nbytes: int
+
+    def gather(self, index: np.ndarray) -> Batch: ...
+    def announce(self, index: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+
+
+class ResidentStore:
+    """The whole set as one uint8 tensor on the device (in main memory when the device has no room for it)."""
+
+    resident = True
+
+    def __init__(self, images: Tensor, labels: Tensor | None, logits: Tensor | None, device: torch.device):
+        self.nbytes = images.nbytes + (0 if logits is None else logits.nbytes)
+        self.device = device
+        self.home = device if self.nbytes <= RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
+        self.images = images.to(self.home)
+        self.labels = None if labels is None else labels.to(self.home, torch.int64)
+        self.logits = None if logits is None else logits.to(self.home)
+
+    @classmethod
+    def from_bank(cls, bank: Bank, device: torch.device, *, logits: bool) -> ResidentStore:
+        """Read a bank whole, in pieces of 4,096 images."""
+        n = len(bank)
+        images = torch.empty((n, *bank.shape), dtype=torch.uint8)
+        for at in range(0, n, 4096):
+            part = np.arange(at, min(at + 4096, n))
+            images[at : at + len(part)] = torch.from_numpy(np.ascontiguousarray(bank.batch(part).images))
+        labels = torch.from_numpy(np.asarray(bank.column("labels")).astype(np.int64)) if bank.has("labels") else None
+        stored = torch.from_numpy(np.array(bank.column("logits"))) if logits else None
+        return cls(images, labels, stored, device)
+
+    def gather(self, index: np.ndarray) -> Batch:
+        at = torch.from_numpy(index).to(self.home)
+        return Batch(
+            images=self.images.index_select(0, at).to(self.device),
+            labels=None if self.labels is None else self.labels.index_select(0, at).to(self.device),
+            logits=None if self.logits is None else self.logits.index_select(0, at).to(self.device).float(),
+        )
+
+    def announce(self, index: np.ndarray) -> None:
+        """Nothing to do: everything is here."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class StreamedStore:
+    """A bank too large for the device: the next batch is read by a thread while the present one is trained on."""
+
+    resident = False
+
+    def __init__(self, bank: Bank, device: torch.device, *, logits: bool):
+        self.bank, self.device, self.with_logits = bank, device, logits
+        self.nbytes = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="bank-prefetch")
+        self._next: tuple[bytes, Future] | None = None
+
+    def _read(self, index: np.ndarray) -> Batch:
+        found = self.bank.batch(index)
+        images = torch.from_numpy(np.ascontiguousarray(found.images))
+        labels = None if found.labels is None else torch.from_numpy(np.asarray(found.labels).astype(np.int64))
+        logits = torch.from_numpy(np.array(found.logits)) if self.with_logits else None
+        if self.device.type == "cuda":
+            images = images.pin_memory()
+        return Batch(images=images, labels=labels, logits=logits)
+
+    def gather(self, index: np.ndarray) -> Batch:
+        if self._next is not None and self._next[0] == index.tobytes():
+            found = self._next[1].result()
+        else:
+            found = self._read(index)
+        return Batch(
+            images=found.images.to(self.device, non_blocking=True),
+            labels=None if found.labels is None else found.labels.to(self.device, non_blocking=True),
+            logits=None if found.logits is None else found.logits.to(self.device, non_blocking=True).float(),
+        )
+
+    def announce(self, index: np.ndarray) -> None:
+        """Start reading the batch that will be asked for next."""
+        self._next = (index.tobytes(), self._pool.submit(self._read, index))
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def bank_store(bank: Bank, device: torch.device, *, logits: bool) -> Store:
+    """The bank resident on the device when it takes at most `RESIDENT_SHARE` of the free memory, else streamed."""
+    pixels = math.prod(bank.shape)
+    needed = len(bank) * (pixels + (2 * bank.num_classes if logits else 0))
+    if needed <= RESIDENT_SHARE * free_memory(device):
+        return ResidentStore.from_bank(bank, device, logits=logits)
+    return StreamedStore(bank, device, logits=logits)
+
+
+# --- fresh images -----------------------------------------------------------------------------------------------------
+
+
+class GeneratorPool:
+    """The bank's generator snapshots of the last half of its making; one, chosen uniformly, paints each batch."""
+
+    def __init__(self, bank: Bank, device: torch.device):
+        from synthkit.models.generators import build_generator
+        from synthkit.models.weights import fit_state_dict
+
+        records = bank.generators()
+        if not records:
+            raise RequirementError(
+                f"fresh: bank {bank.path} holds no generator snapshots",
+                hint="leave --fresh out, or make the bank with a generator method of synthkit (e.g. cudfkd)",
+            )
+        self.networks = []
+        for record in records[len(records) // 2 :]:
+            keys = ("latent_dim", "image_size", "channels", "depth", "width")
+            arguments = {key: record.meta[key] for key in keys if key in record.meta}
+            network = build_generator(record.meta["name"], **arguments)
+            state = {key: torch.from_numpy(np.array(value)) for key, value in record.load().items()}
+            fit_state_dict(network, state, str(record.path))
+            self.networks.append(network.to(device).eval().requires_grad_(False))
+        self.device = device
+
+    @torch.no_grad()
+    def images(self, count: int, seed: int, step: int) -> Tensor:
+        """(count, C, H, W) float32 in [0, 1]; a pure function of (seed, step)."""
+        generator = torch_generator(seed, "fresh", step)
+        chosen = int(torch.randint(len(self.networks), (1,), generator=generator))
+        network = self.networks[chosen]
+        z = torch.randn(count, int(network.latent_dim), generator=generator)  # type: ignore[arg-type]
+        return network(z.to(self.device)).float().clamp_(0, 1)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+class BatchSource(Protocol):
+    """What the trainer reads."""
+
+    batch_size: int
+    steps_per_epoch: int
+
+    def batch(self, step: int) -> Batch:
+        """This rank's slice of the global batch of `step`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Sliced:
+    """Augment the global batch and cut this rank's part out of it.
+
+    The augmentation of a batch is one call with one generator, so every rank augments the whole global batch (cheap
+    beside the networks) and the draws do not depend on the number of ranks.
+    """
+
+    def __init__(self, batch_size: int, *, rank: int, world: int, policy: str, seed: int, device: torch.device):
+        if batch_size % world:
+            raise ConfigError(f"batch_size must be a multiple of the {world} processes", got=batch_size)
+        self.batch_size, self.policy, self.seed, self.device = batch_size, policy, seed, device
+        self.slice = slice(rank, None, world)  # strided, so that fresh and stored images spread over the ranks
+
+    def finish(self, batch: Batch, step: int) -> Batch:
+        images = batch.images
+        if self.policy != "none":
+            images = augment(images, self.policy, torch_generator(self.seed, "augment", step))
+        images = images[self.slice]
+        return Batch(
+            images=images.float().div_(255) if images.dtype == torch.uint8 else images.contiguous(),
+            labels=None if batch.labels is None else batch.labels[self.slice],
+            logits=None if batch.logits is None else batch.logits[self.slice],
+        )
+
+
+class StoreSource(_Sliced):
+    """Batches of a store in a given order, a share of each batch drawn anew from generator snapshots."""
+
+    def __init__(
+        self,
+        store: Store,
+        order: RandomOrder | EasyToHard,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        policy: str = "none",
+        seed: int = 0,
+        device: torch.device,
+        fresh: float = 0.0,
+        pool: GeneratorPool | None = None,
+    ):
+        super().__init__(batch_size, rank=rank, world=world, policy=policy, seed=seed, device=device)
+        if batch_size > len(order.indices):
+            raise DataError(
+                "fewer training images than one batch",
+                got=len(order.indices),
+                hint=f"use --batch_size {max(2, len(order.indices))} or less",
+            )
+        self.store, self.order, self.pool = store, order, pool
+        self.fresh = round(fresh * batch_size) if pool is not None else 0
+        self.steps_per_epoch = len(order.indices) // batch_size  # the last partial batch is dropped
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def indices(self, step: int) -> np.ndarray:
+        """Indices of the stored part of the global batch of `step`."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self.order.epoch(epoch))
+        count = self.batch_size - self.fresh
+        return self._epoch[1][position * count : (position + 1) * count]
+
+    def batch(self, step: int) -> Batch:
+        found = self.store.gather(self.indices(step))
+        self.store.announce(self.indices(step + 1))
+        if self.fresh and self.pool is not None:
+            anew = self.pool.images(self.fresh, self.seed, step)
+            found = Batch(images=torch.cat([found.images.float().div_(255), anew]))
+        return self.finish(found, step)
+
+    def close(self) -> None:
+        self.store.close()
+
+
+class NoiseSource(_Sliced):
+    """Control: pixels drawn from N(0.5, 0.25^2), clipped to [0, 1], new ones in every step.
+
+    An unlimited supply, so at least as strong as an equal-size bank of noise.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], batch_size: int, steps_per_epoch: int, **kwargs):
+        super().__init__(batch_size, **kwargs)
+        self.shape, self.steps_per_epoch = shape, steps_per_epoch
+
+    def batch(self, step: int) -> Batch:
+        generator = torch_generator(self.seed, "noise", step)
+        images = torch.randn((self.batch_size, *self.shape), generator=generator).mul_(0.25).add_(0.5).clamp_(0, 1)
+        return self.finish(Batch(images=images.to(self.device)), step)
+
+    def close(self) -> None:
+        """Nothing to do."""
