@@ -1,0 +1,27 @@
+"""What can be wrong with a bank. All are `BankError`; the exit code tells damage from wrong usage."""
+
+from __future__ import annotations
+
+from synthkit.errors import BankError, UsageError
+
+
+class BankNotFoundError(BankError):
+    """The path holds no bank (exit code 2)."""
+
+    exit_code = 2
+
+
+class BankMismatchError(BankError):
+    """The bank was begun with another recipe than the one asked for now (exit code 2)."""
+
+    exit_code = 2
+
+
+class BankBusyError(BankError):
+    """Another run holds the bank (exit code 1)."""
+
+    exit_code = 1
+
+
+class BankIndexError(UsageError, IndexError):
+    """An image index lies outside the bank."""

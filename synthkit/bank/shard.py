@@ -1,0 +1,264 @@
+"""One shard: the columns it may hold, its bytes, and its commit record (the sidecar).
+
+A shard is an HDF5 file of contiguous little-endian datasets without filters. Its bytes depend on its arrays alone:
+no times, no host, no uuid; so a run that was killed and resumed ends with the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthkit.bank.spec import SCHEMA, BankSpec, newer_schema
+from synthkit.bank.storage import read_json
+from synthkit.errors import BankError, NonFiniteError, UsageError
+
+# name -> (stored dtype, what one row looks like). The allow-list: a reader refuses every other name and dtype.
+COLUMNS: dict[str, tuple[str, str]] = {
+    "images": ("|u1", "image"),
+    "labels": ("<i4", "scalar"),
+    "logits": ("<f2", "classes"),
+    "difficulty": ("<f4", "scalar"),
+    "origin_step": ("<u4", "scalar"),
+    "origin_seed": ("<u8", "scalar"),
+}
+ALIGNMENT = 64  # bytes; every dataset starts on a multiple, so that it can be mapped and read in place
+
+
+def row_shape(column: str, spec: BankSpec) -> tuple[int, ...]:
+    """Shape of one row of `column`."""
+    return {"image": tuple(spec.shape), "classes": (spec.num_classes,), "scalar": ()}[COLUMNS[column][1]]
+
+
+def conform(arrays: Mapping[str, Any], spec: BankSpec, count: int) -> dict[str, np.ndarray]:
+    """`arrays` in stored dtype and order, checked.
+
+    Args:
+        arrays: column name -> array of `count` rows; `origin_step` and `origin_seed` may be one number for all.
+
+    Raises:
+        UsageError: unknown or missing column, wrong shape or type, a label outside the classes.
+        NonFiniteError: a logit or difficulty is not finite in the stored precision.
+    """
+    for name in arrays:
+        if name not in COLUMNS:
+            raise UsageError("shard: not a column of a bank", got=name, allowed=COLUMNS)
+    needed = ("images",) if spec.label_kind == "none" else ("images", "labels")
+    absent = [name for name in needed if arrays.get(name) is None]
+    if absent:
+        hint = f"label_kind is {spec.label_kind}"
+        raise UsageError(f"shard: the column {' and '.join(absent)} is missing", hint=hint)
+    ready: dict[str, np.ndarray] = {}
+    for name, (dtype, _) in COLUMNS.items():
+        if arrays.get(name) is not None:
+            ready[name] = _column(name, np.asarray(arrays[name]), np.dtype(dtype), (count, *row_shape(name, spec)))
+    if "labels" in ready and not ((ready["labels"] >= 0) & (ready["labels"] < spec.num_classes)).all():
+        raise UsageError(f"shard: labels must be 0 to {spec.num_classes - 1}", got=_extent(ready["labels"]))
+    return ready
+
+
+def _column(name: str, value: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if name.startswith("origin") and value.ndim == 0:
+        value = np.broadcast_to(value, shape)
+    if value.shape != shape:
+        raise UsageError(f"shard: {name} must have shape {shape}", got=value.shape)
+    if name == "images" and value.dtype != np.uint8:
+        hint = "pixels are stored as uint8: (x * 255).round().clamp(0, 255)"
+        raise UsageError("shard: images must be uint8", got=str(value.dtype), hint=hint)
+    if dtype.kind in "iu":
+        bounds = np.iinfo(dtype)
+        if value.dtype.kind not in "iu":
+            raise UsageError(f"shard: {name} must be integers", got=str(value.dtype))
+        if value.size and (int(value.min()) < bounds.min or int(value.max()) > bounds.max):
+            raise UsageError(f"shard: {name} does not fit {dtype.name}", got=_extent(value))
+    elif value.dtype.kind not in "fiu":
+        raise UsageError(f"shard: {name} must be numbers", got=str(value.dtype))
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which is refused just below
+        stored = np.ascontiguousarray(value, dtype=dtype)
+    if dtype.kind == "f" and not np.isfinite(stored).all():
+        row = int(np.argwhere(~np.isfinite(stored))[0][0])
+        raise NonFiniteError(f"shard: {name} is not finite in {dtype.name}", got=f"row {row}",
+                             hint="the teacher or the generator diverged, or logits exceed 65504")  # fmt: skip
+    return stored
+
+
+def _extent(value: np.ndarray) -> str:
+    return f"{value.min()} to {value.max()}"
+
+
+def encode(columns: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """The bytes of a shard file, and where its datasets lie.
+
+    The file is composed in memory: a full disk then meets a plain write, never a half-open HDF5 file.
+
+    Returns:
+        (bytes, {column: {"offset": int, "shape": list, "dtype": str}}).
+    """
+    import h5py
+
+    payload = sum(c.nbytes for c in columns.values())
+    with h5py.File(
+        "shard.h5", "w", driver="core", backing_store=False, block_size=payload + (64 << 10),
+        libver=("v108", "v108"), alignment_threshold=1, alignment_interval=ALIGNMENT,
+    ) as file:  # fmt: skip
+        layout = {}
+        for name, value in columns.items():
+            dataset = file.create_dataset(name, data=value, track_times=False)
+            layout[name] = {
+                "offset": dataset.id.get_offset(), "shape": list(value.shape), "dtype": value.dtype.str
+            }  # fmt: skip
+        file.flush()
+        return file.id.get_file_image(), layout
+
+
+def summary(columns: Mapping[str, np.ndarray], num_classes: int) -> dict[str, Any]:
+    """What a sidecar says about the content: histogram, difficulty, agreement, confidence, steps."""
+    facts: dict[str, Any] = {}
+    labels, logits = columns.get("labels"), columns.get("logits")
+    if labels is not None:
+        facts["label_histogram"] = np.bincount(labels, minlength=num_classes).tolist()
+    if logits is not None:
+        scores = logits.astype(np.float32)
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        facts["mean_confidence"] = round(float((odds.max(axis=1) / odds.sum(axis=1)).mean(dtype=np.float64)), 6)
+        if labels is not None:
+            facts["argmax_matches"] = int((scores.argmax(axis=1) == labels).sum())
+            facts["teacher_agreement"] = round(facts["argmax_matches"] / len(labels), 6)
+    if "difficulty" in columns:
+        difficulty = columns["difficulty"]
+        facts["mean_difficulty"] = float(difficulty.mean(dtype=np.float64))
+        facts["difficulty_range"] = [float(difficulty.min()), float(difficulty.max())]
+    if "origin_step" in columns:
+        facts["step_range"] = [int(columns["origin_step"].min()), int(columns["origin_step"].max())]
+    return facts
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a column lies in its shard file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """A checked commit record."""
+
+    index: int
+    n: int
+    bytes: int
+    sha256: str
+    datasets: dict[str, Placement]
+    raw: dict[str, Any]
+
+
+def read_sidecar(path: Path, index: int, spec: BankSpec) -> Sidecar:
+    """The commit record in `path`, every number of it checked against the spec and against itself.
+
+    Raises:
+        BankError: missing, not JSON, a newer schema, an unknown column, or numbers that do not add up.
+    """
+    return check_sidecar(read_json(path), str(path), index, spec)
+
+
+def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -> Sidecar:
+    """`raw` as a `Sidecar`; `where` names it in messages. Raises `BankError`."""
+
+    def need(ok: bool, what: str, got: object) -> None:
+        if not ok:
+            raise BankError(f"{where}: {what}", got=got)
+
+    def is_int(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+    schema = raw.get("schema")
+    need(is_int(schema), "schema must be a number", schema)
+    if raw["schema"] > SCHEMA:
+        raise newer_schema(where, schema)
+    need(raw.get("shard") == index, f"must describe shard {index}", raw.get("shard"))
+    count, size, digest = raw.get("n"), raw.get("bytes"), raw.get("sha256")
+    need(is_int(count) and count == spec.shard_size(index), f"n must be {spec.shard_size(index)} as planned", count)
+    need(is_int(size), "bytes must be a number", size)
+    need(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None, "sha256 is malformed", digest)
+    datasets = raw.get("datasets")
+    if not isinstance(datasets, dict) or "images" not in datasets:
+        raise BankError(f"{where}: datasets must be an object that names images")
+    placed = {name: _placement(name, entry, where, spec, raw) for name, entry in datasets.items()}
+    ends = sorted((p.offset, p.offset + math.prod(p.shape) * p.dtype.itemsize, name) for name, p in placed.items())
+    for (_, end, name), (start, _, other) in zip(ends, ends[1:], strict=False):
+        need(end <= start, f"datasets {name} and {other} overlap", (end, start))
+    _check_facts(raw, where, spec)
+    return Sidecar(index=index, n=raw["n"], bytes=raw["bytes"], sha256=raw["sha256"], datasets=placed, raw=raw)
+
+
+def _placement(name: str, entry: Any, where: str, spec: BankSpec, raw: dict[str, Any]) -> Placement:
+    if name not in COLUMNS:
+        raise BankError(f"{where}: not a column of a bank", got=name, allowed=COLUMNS)
+    dtype = np.dtype(COLUMNS[name][0])
+    shape = (raw["n"], *row_shape(name, spec))
+    if not isinstance(entry, dict):
+        raise BankError(f"{where}: the entry of {name} must be an object", got=type(entry).__name__)
+    if entry.get("dtype") != dtype.str:
+        raise BankError(f"{where}: {name} must be stored as {dtype.str}", got=entry.get("dtype"))
+    if entry.get("shape") != list(shape):
+        raise BankError(f"{where}: {name} must have shape {list(shape)}", got=entry.get("shape"))
+    offset = entry.get("offset")
+    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0 or offset % dtype.itemsize:
+        raise BankError(f"{where}: the offset of {name} is malformed", got=offset)
+    end = offset + math.prod(shape) * dtype.itemsize
+    if end > raw["bytes"]:
+        raise BankError(f"{where}: {name} ends at byte {end}, outside the file of {raw['bytes']} bytes", got=offset)
+    return Placement(offset=offset, shape=shape, dtype=dtype)
+
+
+def _check_facts(raw: dict[str, Any], where: str, spec: BankSpec) -> None:
+    """The descriptive numbers are used by `info`: they must at least have their form."""
+
+    def numbers(value: Any, length: int) -> bool:
+        return isinstance(value, list) and len(value) == length and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)  # fmt: skip
+
+    lengths = {"label_histogram": spec.num_classes, "difficulty_range": 2, "step_range": 2}
+    for key, length in lengths.items():
+        if key in raw and not numbers(raw[key], length):
+            raise BankError(f"{where}: {key} must be {length} numbers")
+    for key in ("mean_difficulty", "mean_confidence", "teacher_agreement", "argmax_matches", "seconds"):
+        if key in raw and not numbers([raw[key]], 1):
+            raise BankError(f"{where}: {key} must be a number")
+    histogram = raw.get("label_histogram")
+    if histogram is not None and (not all(isinstance(v, int) and v >= 0 for v in histogram)
+                                  or sum(histogram) != raw["n"]):  # fmt: skip
+        raise BankError(f"{where}: label_histogram must count {raw['n']} images")
+
+
+def shard_file(bank: Path, index: int) -> Path:
+    """The HDF5 file of shard `index` of the bank at `bank`."""
+    return bank / "shards" / f"{index:05d}.h5"
+
+
+def committed_shards(bank: Path, spec: BankSpec) -> list[int]:
+    """Indices of the planned shards that have a sidecar, ascending."""
+    folder = bank / "shards"
+    if not folder.is_dir():
+        return []
+    found = (re.fullmatch(r"(\d{5,})\.json", p.name) for p in folder.iterdir())
+    indices = {int(m[1]) for m in found if m and m[0] == f"{int(m[1]):05d}.json"}
+    return sorted(i for i in indices if i < spec.shards)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

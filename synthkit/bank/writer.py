@@ -1,0 +1,211 @@
+"""Writing a bank: shards that are published whole or not at all, states to resume from, and the seal at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthkit.bank import seal, state
+from synthkit.bank.errors import BankMismatchError
+from synthkit.bank.lock import exclusive
+from synthkit.bank.shard import committed_shards, conform, encode, shard_file, summary
+from synthkit.bank.spec import SCHEMA, BankSpec, differences, read_record, record_of
+from synthkit.bank.storage import (
+    clean_stale_temps,
+    dump_json,
+    host,
+    plain,
+    publish,
+    storage_errors,
+    sync_folder,
+)  # fmt: skip
+from synthkit.errors import BankError, OutputExistsError, StorageError
+
+
+class BankWriter:
+    """Fills a bank shard by shard. Make one with `create`, `open` or `open_or_create`.
+
+    Shards may be written in any order and by several processes; no file is ever changed after it was published.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.spec, self.record = read_record(self.path)
+        self._clock = time.monotonic()
+
+    @classmethod
+    def create(cls, path: str | Path, spec: BankSpec) -> BankWriter:
+        """Begin a new bank at `path`, which must not exist or be an empty folder.
+
+        Raises:
+            OutputExistsError: there is something already.
+            StorageError: no room for the planned bank, or no permission.
+        """
+        path = Path(path)
+        _require_empty(path)
+        _require_room(path, spec.planned_bytes)
+        data = dump_json(record_of(spec))
+        with storage_errors("bank", path):
+            path.mkdir(parents=True, exist_ok=True)
+            clean_stale_temps(path)
+            publish(path / "bank.json", data)
+            sync_folder(path)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path, expect: BankSpec | None = None) -> BankWriter:
+        """Go on with the bank at `path`: temporaries of dead runs are removed, and a finished bank is sealed.
+
+        Raises:
+            BankNotFoundError: there is no bank.
+            BankMismatchError: `expect` describes another bank; the message lists what differs.
+            BankError: bank.json is damaged or of a newer schema.
+        """
+        writer = cls(path)
+        if expect is not None and expect.recipe_hash() != writer.spec.recipe_hash():
+            changed = differences(writer.spec.identity(), expect.identity())
+            raise BankMismatchError(f"{path}: this bank was begun with another recipe ({'; '.join(changed[:6])})",
+                                    hint="resume with the same settings, or choose another --out")  # fmt: skip
+        for folder in ("", "shards", "state", "generators"):
+            with storage_errors("bank", writer.path):
+                clean_stale_temps(writer.path / folder)
+        if not writer.missing():
+            writer.finish()
+        return writer
+
+    @classmethod
+    def open_or_create(cls, path: str | Path, spec: BankSpec) -> BankWriter:
+        """`open` when there is a bank at `path` (killed before its first shard or not), else `create`."""
+        if (Path(path) / "bank.json").exists():
+            return cls.open(path, expect=spec)
+        return cls.create(path, spec)
+
+    @property
+    def shards(self) -> int:
+        """Planned number of shards."""
+        return self.spec.shards
+
+    def shard_size(self, index: int) -> int:
+        """Images in shard `index`."""
+        return self.spec.shard_size(index)
+
+    def committed(self) -> list[int]:
+        """Shards that exist (have a sidecar), ascending."""
+        return committed_shards(self.path, self.spec)
+
+    def missing(self) -> list[int]:
+        """Planned shards that do not exist yet, ascending."""
+        return sorted(set(range(self.shards)) - set(self.committed()))
+
+    def write_shard(
+        self, index: int, arrays: Mapping[str, Any], meta: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Publish shard `index` and return its sidecar.
+
+        Args:
+            arrays: "images" uint8 (N,C,H,W), "labels" (N,); optional "logits" (N,K), "difficulty" (N,),
+                "origin_step" and "origin_seed" (N,) or one number; N is `shard_size(index)`.
+            meta: anything worth recording (JSON data); it does not change the bytes of the shard.
+
+        Raises:
+            BankError: the shard exists already.
+            UsageError: a column is unknown, missing or malformed. NonFiniteError: a value is not finite.
+            StorageError: disk full or the like; the shard does not exist then and no part of it is left.
+        """
+        columns = conform(arrays, self.spec, self.spec.shard_size(index))
+        shard, sidecar = self.shard_path(index), self.sidecar_path(index)
+        if sidecar.exists():
+            raise BankError(f"{shard}: shard {index} is committed already; shards are immutable")
+        data, layout = encode(columns)
+        now = time.monotonic()
+        record = {
+            "schema": SCHEMA, "shard": index, "n": len(columns["images"]), "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(), "datasets": layout, **summary(columns, self.spec.num_classes),
+            "seconds": round(now - self._clock, 3), "host": host(), "created": round(time.time(), 3),
+            "meta": plain(dict(meta or {}), "meta"),
+        }  # fmt: skip
+        text = dump_json(record)
+        with storage_errors(f"shard {index}", shard):
+            try:
+                publish(shard, data)
+                publish(sidecar, text)
+                sync_folder(shard.parent)
+            except BaseException:
+                if not sidecar.exists():  # never the shard of a sidecar that was published
+                    with contextlib.suppress(OSError):
+                        shard.unlink(missing_ok=True)
+                raise
+        self._clock = now
+        if not self.missing():
+            self.finish()
+        return record
+
+    def finish(self) -> dict[str, Any]:
+        """Seal the complete bank: manifest.json and the card README.md. Called by itself after the last shard.
+
+        Raises:
+            BankError: shards are missing.
+        """
+        return seal.seal(self.path)
+
+    def shard_path(self, index: int) -> Path:
+        """The HDF5 file of shard `index`."""
+        return shard_file(self.path, index)
+
+    def sidecar_path(self, index: int) -> Path:
+        """The commit record of shard `index`."""
+        return shard_file(self.path, index).with_suffix(".json")
+
+    def save_state(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
+        """Commit the engine's state `index`: what is needed to go on with shard `index` when all before it are done."""
+        state.save_entry(self.path / "state", index, arrays, meta)
+
+    def load_state(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        """The newest whole state that the unbroken row of committed shards 0, 1, ... reaches: (index, arrays, meta)."""
+        missing = self.missing()
+        return state.newest_state(self.path / "state", missing[0] if missing else self.shards)
+
+    def prune_states(self, keep: int = 2) -> None:
+        """Remove all but the newest `keep` states."""
+        state.prune(self.path / "state", keep)
+
+    def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
+        """Commit generator snapshot `index`, which `distill --fresh` draws from."""
+        state.save_entry(self.path / "generators", index, arrays, meta)
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which no other run can hold this bank. Raises `BankBusyError` with the holder's pid and host."""
+        return exclusive(self.path / "state" / "lock")
+
+
+def _require_empty(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise OutputExistsError(f"{path}: is a link to nothing", hint="choose another --out")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise OutputExistsError(f"{path}: is a file", hint="choose another --out")
+    # a run that was killed while it wrote its very first file left only that temporary
+    inside = [p for p in path.iterdir() if not p.name.startswith("bank.json.tmp-")]
+    if (path / "bank.json").exists():
+        raise OutputExistsError(f"{path}: there is a bank already", hint="go on with --resume, or choose another --out")
+    if inside:
+        raise OutputExistsError(f"{path}: is not empty (it holds {inside[0].name})", hint="choose another --out")
+
+
+def _require_room(path: Path, needed: int) -> None:
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    with storage_errors("bank", path):
+        free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise StorageError(f"{path}: the bank needs about {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free there",
+                           hint="make fewer images, or choose another --out")  # fmt: skip
