@@ -162,7 +162,7 @@ def _assemble(
     arch: str, asked: Asked, state: State | None, source: str, seed: int | None
 ) -> tuple[ModelCard, nn.Module]:
     """Network and card for an architecture without a card; sizes from `asked`, else the file, else the default."""
-    default_channels, default_side = names.default_input(arch)
+    default_channels, default_side = names.default_input(arch, asked[1])
     classes, channels = asked[0], asked[1]
     side = asked[2] or external.default_size(arch) or default_side
     if state is not None:

@@ -212,7 +212,7 @@ def _normalised(name: str, end: Callable[[int], list[nn.Module]], eps: float = 1
         if mean is None or std is None:
             raise ModelError(
                 f"generator {name!r} works in the teacher's normalised space",
-                hint="give the teacher's mean= and std= (one number per channel), or use a Sigmoid generator such as cud",
+                hint="give the teacher's mean= and std= (one number per channel), or use a generator such as cud",
             )
         side = _start_side(name, image_size, 2)
         layers = [nn.BatchNorm2d(2 * width), _up(), *_conv(2 * width, 2 * width, bias=True, eps=eps)]

@@ -40,13 +40,18 @@ _add(
     "ResNet (CIFAR, 16-64 channels)",
     {
         **{
-            f"resnet{d}": f"ResNet-{d}, 16-32-64 channels, projection shortcuts (the distillation tables)"
-            for d in _DEPTHS
+            f"resnet{d}": f"ResNet-{d}, 16-32-64 channels, projection shortcuts (KD tables)"
+            for d in (*_DEPTHS, 38, 116)
         },
         **{f"resnet{d}_a": f"ResNet-{d}, 16-32-64 channels, zero-padding shortcuts (He et al. 2016)" for d in _DEPTHS},
         **{f"resnet{d}x2": f"ResNet-{d}, stage channels x2: 32-64-128 (SimKD)" for d in (14, 38, 110)},
         **{f"resnet{d}x4": f"ResNet-{d}, stage channels x4: 64-128-256" for d in (8, 14, 32, 38)},
     },
+)
+_add(
+    "resnet_tiny",
+    "ResNet (Tiny-ImageNet)",
+    {f"resnet{d}_tiny": f"torchvision's ResNet-{d} with a 3x3 stem, for 64x64 images" for d in (18, 34, 50)},
 )
 _add(
     "wrn",
@@ -56,35 +61,79 @@ _add(
         for d, k in ((16, 1), (16, 2), (40, 1), (40, 2), (28, 10))
     },
 )
+_add("vgg", "VGG", {f"vgg{d}": f"VGG-{d} with BatchNorm and one linear layer" for d in (8, 11, 13, 16, 19)})
+_add(
+    "mobilenetv2",
+    "MobileNetV2",
+    {
+        "mobilenetv2_half": "MobileNetV2 at width 0.5 for 32x32 images (KD tables)",
+        "mobilenetv2": "MobileNetV2 at width 1.0 for 32x32 images (SimKD)",
+    },
+)
+_add(
+    "shufflenet",
+    "ShuffleNet",
+    {
+        "shufflenetv1": "ShuffleNet V1, 3 groups, for 32x32 images",
+        "shufflenetv2": "ShuffleNet V2 at width 1.0 for 32x32 images",
+        "shufflenetv2_1_5": "ShuffleNet V2 at width 1.5 for 32x32 images",
+    },
+)
+_add(
+    "convnet",
+    "ConvNet",
+    {
+        "convnet": "ConvNet of dataset distillation: depth 3, width 128, instance norm (any convnet_dD_wW_NORM works)",
+        "convnet_bn": "ConvNet, depth 3, width 128, BatchNorm",
+        "convnet_d4": "ConvNet, depth 4 (64x64 images)",
+        "convnet_d5": "ConvNet, depth 5 (128x128 images)",
+        "convnet_d6": "ConvNet, depth 6 (256x256 images)",
+    },
+)
 
 ALIASES: dict[str, str] = {
     "r18": "resnet18",
     "r34": "resnet34",
     "r50": "resnet50",
     "lenet": "lenet5",
-    "lenet5half": "lenet5_half",
+    "vgg8_bn": "vgg8",
+    "vgg11_bn": "vgg11",
+    "vgg13_bn": "vgg13",
+    "vgg16_bn": "vgg16",
+    "vgg19_bn": "vgg19",
+    "mobile_half": "mobilenetv2_half",
+    "shufflev1": "shufflenetv1",
+    "shufflev2": "shufflenetv2",
+    "convnet_d3": "convnet",
 }
 
 EXTERNAL = ("timm:", "torchvision:")
 """Prefixes of architectures that another library builds; what follows is that library's own name."""
 
 _WRN = re.compile(r"wrn_?(\d+)_(\d+)")
+_CONVNET = re.compile(r"convnet(?:_?d(\d+))?(?:_?w(\d+))?(?:_?(bn|batch|none|group|layer|instance))?")
 
 
-def default_input(name: str) -> tuple[int, int]:
+def default_input(name: str, channels: int | None = None) -> tuple[int, int]:
     """(in_channels, image_size) that an architecture takes when nothing else says so."""
     if name.startswith("lenet5"):
         return 1, 32
+    if name.startswith("convnet") and channels == 1:
+        return 1, 28
+    if name.endswith("_tiny"):
+        return 3, 64
     return (3, 224) if name.startswith(EXTERNAL) else (3, 32)
 
 
 def default_classes(name: str) -> int:
     """Number of classes that an architecture gets when nothing else says so."""
+    if name.endswith("_tiny"):
+        return 200
     return 1000 if name.startswith(EXTERNAL) else 10
 
 
 def resolve_name(name: str) -> str:
-    """The canonical form of an architecture name: aliases, case, `-` for `_` and any wrnD_K are understood.
+    """The canonical form of an architecture name: aliases, case, `-` for `_`, any wrnD_K and convnet_dD_wW_NORM.
 
     Names with the prefix `timm:` or `torchvision:` are returned as they are.
 
@@ -96,14 +145,15 @@ def resolve_name(name: str) -> str:
             raise ModelError("model: the library's own name is missing after the colon", got=name)
         return name
     plain = name.strip().lower().replace("-", "_")
+    if plain in ARCHITECTURES:
+        return plain
+    if plain in ALIASES:
+        return ALIASES[plain]
+    if generic := _generic(plain, name):
+        return generic
     squeezed = {known.replace("_", ""): known for known in ARCHITECTURES}
-    for found in (ARCHITECTURES.get(plain) and plain, ALIASES.get(plain), squeezed.get(plain.replace("_", ""))):
-        if found:
-            return found
-    if wide := _WRN.fullmatch(plain):
-        if int(wide[1]) < 10 or (int(wide[1]) - 4) % 6 or int(wide[2]) < 1:
-            raise ModelError("model: a WRN's depth must be 6n + 4 (10, 16, 22, 28, 34, 40, ...)", got=name)
-        return f"wrn{int(wide[1])}_{int(wide[2])}"
+    if plain.replace("_", "") in squeezed:
+        return squeezed[plain.replace("_", "")]
     raise ModelError(
         "model: not a known architecture",
         got=name,
@@ -112,8 +162,27 @@ def resolve_name(name: str) -> str:
     )
 
 
+def _generic(plain: str, name: str) -> str | None:
+    """Canonical form of a WRN or ConvNet of any size, None for other names."""
+    if wide := _WRN.fullmatch(plain):
+        depth, width = int(wide[1]), int(wide[2])
+        if depth < 10 or (depth - 4) % 6 or width < 1:
+            raise ModelError("model: a WRN's depth must be 6n + 4 (10, 16, 22, 28, 34, 40, ...)", got=name)
+        return f"wrn{depth}_{width}"
+    if conv := _CONVNET.fullmatch(plain):
+        depth, width = int(conv[1] or 3), int(conv[2] or 128)
+        if not 1 <= depth <= 8 or width < 1:
+            raise ModelError("model: a ConvNet has 1 to 8 blocks and a positive width", got=name)
+        norm = {"batch": "bn", "instance": None}.get(conv[3], conv[3])
+        parts = ["convnet", f"d{depth}" * (depth != 3), f"w{width}" * (width != 128), norm or ""]
+        return "_".join(part for part in parts if part)
+    return None
+
+
 def entry(name: str) -> tuple[str, str, str]:
-    """(builder, description, family) of a canonical name, generic WRN names included."""
+    """(builder, description, family) of a canonical name, those of any size included."""
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
-    return "synthkit.models.wrn:build", f"WRN-{name[3:].replace('_', '-')}", "Wide ResNet"
+    base = "wrn16_1" if name.startswith("wrn") else "convnet"
+    module, _, family = ARCHITECTURES[base]
+    return module, f"{family} {name}", family
