@@ -123,7 +123,7 @@ def load_hub(spec: str, split: Split, size: tuple[int, int, int] | None, name: s
     except ImportError as error:
         raise RequirementError(
             "hf: the library `datasets` is not installed",
-            hint="pip install 'synthkit[hub]', or download the parquet files and use parquet:DIR",
+            hint="pip install datasets, or download the parquet files and use parquet:DIR",
         ) from error
     repo, _, revision = spec.partition("@")
     try:

@@ -10,7 +10,7 @@ import torch
 from synthkit.data.classes import standard_index
 from synthkit.data.decode import decode_images
 from synthkit.data.real import RealData
-from synthkit.data.splits import Split, choose, split_of
+from synthkit.data.splits import Split, choose, refuse_other_split, split_of
 from synthkit.errors import DataError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -58,7 +58,8 @@ def load_folder(
         chosen, taken = choose(parts, split, name)
     else:
         chosen, taken = [root], split_of(root.name) or "all"
-        if split not in ("all", taken):
+        refuse_other_split(name, root, taken, split)
+        if split != "all" and taken == "all":
             notes.append(f"{root} is not divided into train and test; all of it is used as {split!r}")
     folders = [folder for part in chosen for folder in _visible_dirs(part)]
     everywhere = {folder.name for part in (parts.values() or [root]) for folder in _visible_dirs(part)}

@@ -12,7 +12,7 @@ import torch
 
 from synthkit.data.decode import decode_images
 from synthkit.data.real import RealData, require_bytes
-from synthkit.data.splits import Split, by_split, choose, looked_for, missing_root
+from synthkit.data.splits import Split, by_split, choose, looked_for, missing_root, refuse_other_split
 from synthkit.errors import DataError, RequirementError
 
 _IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture")
@@ -73,8 +73,9 @@ def _select(pattern: str, split: Split, name: str) -> tuple[list[Path], str, tup
     path = Path(pattern).expanduser()
     if path.is_file():
         taken = next(iter(by_split([path]))) or "all"
-        note = f"{path} is taken whole, as {split!r}" if split not in ("all", taken) and taken != "val" else ""
-        return [path], taken, (note,) if note else ()
+        refuse_other_split(name, path, taken, split)
+        note = f"the file name tells no split; all of {path} is used as {split!r}"
+        return [path], taken, (note,) if taken == "all" and split != "all" else ()
     if path.is_dir():
         files = find_parquet(path)
         if not files:
@@ -90,6 +91,7 @@ def _select(pattern: str, split: Split, name: str) -> tuple[list[Path], str, tup
     notes = (f"{len(groups.pop(''))} files of no split were left out",) if "" in groups else ()
     if len(groups) == 1 and not path.is_dir():  # the glob itself names the split
         taken = next(iter(groups))
+        refuse_other_split(name, path, taken, split)
         return groups[taken], taken, notes
     chosen, taken = choose(groups, split, name)
     return [file for group in chosen for file in group], taken, notes

@@ -64,8 +64,8 @@ def load_data(spec: str, split: Split = "test", *, size: tuple[int, int, int] | 
     Args:
         spec: `mnist:DIR`, `cifar10:DIR`, `cifar100:DIR` (the official files, an ImageFolder or parquet files below
             DIR), `imagefolder:DIR[/SPLIT]`, `parquet:FILE_OR_GLOB_OR_DIR`, `npz:FILE`, `bank:DIR`, `hf:NAME`.
-        split: train, test (val when there is no test) or all. A source without splits, or one whose path names a split,
-            is taken whole; `RealData.split` says what it was and `RealData.notes` that it happened.
+        split: train, test (val when there is no test) or all. A source without splits is taken whole, which
+            `RealData.notes` says; a path that names the other split is refused. `RealData.split` is what was read.
         size: (C,H,W) of the images by `resize_images` (once, at loading); none keeps the own size.
 
     Returns:

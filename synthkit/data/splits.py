@@ -64,6 +64,19 @@ def choose(parts: dict[str, _T], split: Split, what: str) -> tuple[list[_T], str
     )
 
 
+def refuse_other_split(what: str, path: Path, taken: str, split: Split) -> None:
+    """Raise when a path names one part and the other is asked for: training images must not pass as a test.
+
+    Raises:
+        DataError: `taken` ("train", "test", "val", or "all" when the path names none) contradicts `split`.
+    """
+    if split != "all" and taken != "all" and (taken == "train") != (split == "train"):
+        raise DataError(
+            f"{what}: {path} is the {taken} part, but split {split!r} is asked for",
+            hint=f"use --split {'train' if taken == 'train' else 'test'}, or --split all",
+        )
+
+
 def by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Sorted paths grouped by `split_of_path`; those that say nothing stand under ""."""
     groups: dict[str, list[Path]] = {}
