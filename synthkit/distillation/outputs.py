@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FREE = {"out", "resume", "runtime"}  # may differ between a run and its resumption
+
+
+def note(runtime: Runtime, text: str) -> None:
+    """Tell the user, once (first rank, standard error)."""
+    if runtime.is_main:
+        print(text, file=sys.stderr, flush=True)
 
 
 def plain_config(cfg: Any) -> dict[str, Any]:

@@ -91,6 +91,16 @@ class Plan:
         progress = max(at - warm, 0) / max(total - warm, 1)
         return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
 
+    def describe(self) -> str:
+        """One line: what the network is trained with."""
+        length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs or 1} epochs"
+        detail = f" momentum {self.momentum:g}" + (" nesterov" if self.nesterov else "")
+        warm = f" after {100 * self.warmup:g} % warm-up" if self.warmup else ""
+        return (
+            f"{self.optimizer}{detail if self.optimizer == 'sgd' else ''}, lr {self.lr:g} {self.schedule}{warm}, "
+            f"wd {self.weight_decay:g}, batch {self.batch_size}, {length}, augment {self.augment}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run.json."""
         return asdict(self)

@@ -227,7 +227,7 @@ class GeneratorPool:
         for record in records[len(records) // 2 :]:
             keys = ("latent_dim", "image_size", "channels", "depth", "width")
             arguments = {key: record.meta[key] for key in keys if key in record.meta}
-            network = build_generator(record.meta["name"], **arguments)
+            network = build_generator(record.meta["name"], **arguments, mean=bank.mean, std=bank.std, seed=0)
             state = {key: torch.from_numpy(np.array(value)) for key, value in record.load().items()}
             fit_state_dict(network, state, str(record.path))
             self.networks.append(network.to(device).eval().requires_grad_(False))
@@ -239,7 +239,7 @@ class GeneratorPool:
         generator = torch_generator(seed, "fresh", step)
         chosen = int(torch.randint(len(self.networks), (1,), generator=generator))
         network = self.networks[chosen]
-        z = torch.randn(count, int(network.latent_dim), generator=generator)  # type: ignore[arg-type]
+        z = torch.randn(count, *network.latent_shape, generator=generator)
         return network(z.to(self.device)).float().clamp_(0, 1)
 
 

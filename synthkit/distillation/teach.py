@@ -14,12 +14,12 @@ from synthkit.config.schema import TeachConfig
 from synthkit.data.specs import load_data, parse_spec
 from synthkit.data.stats import STATS
 from synthkit.distillation.contract import Batch
-from synthkit.distillation.outputs import check_out, finish_run, save_network, start_run
+from synthkit.distillation.outputs import check_out, finish_run, note, save_network, start_run
 from synthkit.distillation.protocols import Plan, teach_plan
 from synthkit.distillation.sources import RandomOrder, ResidentStore, StoreSource, stream_seed
 from synthkit.distillation.trainer import Trainer
 from synthkit.errors import ConfigError, DataError
-from synthkit.evaluation.metrics import evaluate_classifier
+from synthkit.evaluation.metrics import evaluate_classifier, matched
 from synthkit.logits import ce_per_sample
 from synthkit.models.build import build_model
 from synthkit.models.card import ModelCard
@@ -87,11 +87,6 @@ def _load(cfg: TeachConfig, arch: str) -> tuple[RealData, RealData | None]:
             test = None
     else:
         test = None
-    if test is not None and test.num_classes != train.num_classes:
-        raise DataError(
-            f"eval_data: {test.num_classes} classes, the training data has {train.num_classes}",
-            hint="give the test part of the same dataset",
-        )
     return train, test
 
 
@@ -131,10 +126,13 @@ def teach(cfg: TeachConfig) -> TeachResult:
         class_names=train.class_names,
         name=arch,
     )
+    if test is not None:
+        test, said = matched(view, test)
+        train.notes += tuple(said)
     runtime = Runtime.create(cfg.runtime, run_dir=path)
     source = _source(cfg, plan, train, runtime)
     run = start_run(path, cfg, runtime, command="teach", plan=plan.to_dict(), seed=cfg.seed, world=runtime.world)
-    _announce(runtime, cfg, arch, train, test, plan)
+    _announce(runtime, arch, train, test, plan)
 
     def objective(student: ModelView, batch: Batch) -> dict[str, torch.Tensor]:
         assert batch.labels is not None  # real data is labelled
@@ -206,18 +204,17 @@ def _source(cfg: TeachConfig, plan: Plan, train: RealData, runtime: Runtime) -> 
     )
 
 
-def _announce(
-    runtime: Runtime, cfg: TeachConfig, arch: str, train: RealData, test: RealData | None, plan: Plan
-) -> None:
-    if not runtime.is_main:
-        return
-    print(f"teach {arch} on {train.name} {train.split}: {len(train):,} images of {train.shape}, "
-          f"{train.num_classes} classes; {runtime.describe()}")  # fmt: skip
-    print(f"plan: {plan}")
-    for note in train.notes:
-        print(f"note: {note}")
+def _announce(runtime: Runtime, arch: str, train: RealData, test: RealData | None, plan: Plan) -> None:
+    note(
+        runtime,
+        f"teach {arch} on {train.name} {train.split}: {len(train):,} images of {train.shape}, "
+        f"{train.num_classes} classes",
+    )
+    note(runtime, f"  {plan.describe()}; {runtime.describe()}")
+    for text in train.notes:
+        note(runtime, f"  note: {text}")
     if test is None:
-        print("note: there is no test data, so no accuracy will be reported; give --eval_data")
+        note(runtime, "  note: there is no test data, so no accuracy will be reported; give --eval_data")
 
 
 def _file_name(arch: str) -> str:

@@ -86,6 +86,7 @@ class Trainer:
         self.run_dir, self.seed, self.description = run_dir, seed, description
         self.on_epoch, self.eval_every = on_epoch, eval_every
         self.total = plan.total_steps(source.steps_per_epoch)
+        self.epochs = -(-self.total // source.steps_per_epoch)
         self.state = StateStore(run_dir.path / "state")
         self._frozen = copy.deepcopy(view.module)
         view.to(runtime.device, channels_last=runtime.channels_last)
@@ -119,9 +120,11 @@ class Trainer:
         )
 
     def restore(self) -> bool:
-        """Go on from the newest whole state; False where there is none."""
+        """Go on from the newest whole state; False (and a start from the beginning) where there is none."""
         meta = self.state.load(self.network, self.optimizer)
         if meta is None:
+            if self.runtime.is_main:
+                self.run_dir.truncate_metrics(lambda _: False)
             return False
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
         self._names, self._sums, self._count = list(meta["names"]), list(meta["sums"]), int(meta["count"])

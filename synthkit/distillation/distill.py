@@ -1,0 +1,316 @@
+"""`synthkit distill`: train a student from a bank alone."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from synthkit.config.schema import DistillConfig
+from synthkit.distillation.contract import Batch, Taps
+from synthkit.distillation.outputs import check_out, finish_run, note, save_network, short_hash, start_run
+from synthkit.distillation.sources import (
+    BatchSource,
+    EasyToHard,
+    GeneratorPool,
+    NoiseSource,
+    RandomOrder,
+    ResidentStore,
+    Store,
+    StoreSource,
+    bank_store,
+)
+from synthkit.distillation.task import DistillTask, check_task
+from synthkit.distillation.trainer import Objective, Trainer
+from synthkit.logits import agreement_per_sample, ce_per_sample
+from synthkit.models.card import ModelCard
+from synthkit.models.view import ModelView, TeacherView
+from synthkit.runtime import RunDir, Runtime, format_bytes
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """What `distill` made."""
+
+    path: Path
+    """The run directory."""
+    student: Path
+    """The card of the (first) student; a model spec."""
+    metrics: dict[str, Any]
+    """The headline: last epoch of the student; over several seeds their mean, std and n."""
+    students: list[Path] = field(default_factory=list)
+    """The cards of all students, one per seed."""
+    control: dict[str, Any] | None = None
+    """The headline of the control student, where one was asked for."""
+
+
+def distill(cfg: DistillConfig) -> RunResult:
+    """Train `cfg.student` on the bank `cfg.bank`; resumable; the last epoch is the result.
+
+    Writes into the run directory `student.safetensors`, `card.yaml`, `metrics.jsonl`, `run.json` and `result.json`;
+    several seeds get a directory each and a `summary.json`; a control stands below `control/`.
+
+    Raises:
+        UsageError: something does not fit or the output directory is not empty; nothing was written.
+        BankError: the bank is damaged.
+        NonFiniteError: the loss became NaN.
+    """
+    path = default_out(cfg)
+    check_out(path, cfg, resume=cfg.resume)
+    task = check_task(cfg)
+    runtime = Runtime.create(cfg.runtime, run_dir=path)
+    job = _Job(task, runtime)
+    job.announce(path)
+    several = cfg.seeds > 1
+    if several:
+        start_run(path, cfg, runtime, command="distill")
+    results = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        results.append(job.run(path / f"seed{seed}" if several else path, seed))
+    control = job.run(path / "control", cfg.seed, control=True) if cfg.control != "none" else None
+    headline = summarise(results) if several else dict(results[0])
+    if control is not None:
+        headline["control"] = control
+    if runtime.is_main:
+        run = RunDir(path)
+        run.write_json("summary.json" if several else "result.json", headline)
+        if several:
+            finish_run(run)
+    runtime.accelerator.wait_for_everyone()
+    folders = [path / f"seed{s}" for s in range(cfg.seed, cfg.seed + cfg.seeds)] if several else [path]
+    cards = [folder / "card.yaml" for folder in folders]
+    return RunResult(path=path, student=cards[0], metrics=headline, students=cards, control=control)
+
+
+def default_out(cfg: DistillConfig) -> Path:
+    """`cfg.out`, else runs/STUDENT-BANK-HASH."""
+    if cfg.out:
+        return Path(cfg.out)
+    student = Path(cfg.student.split("@")[0]).name.replace(":", "-")
+    return Path("runs") / f"{student}-{Path(cfg.bank).name}-{short_hash(cfg)}"
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, sample standard deviation and n over the seeds of every figure; the single results stand below `runs`."""
+    figures = [k for k, v in results[0].items() if isinstance(v, float) and all(k in r for r in results)]
+    first = results[0]
+    summary: dict[str, Any] = {k: first[k] for k in ("kind", "student", "bank", "loss", "protocol") if k in first}
+    summary["n"] = len(results)
+    for key in figures:
+        values = [float(r[key]) for r in results]
+        summary[key] = {"mean": statistics.fmean(values), "std": statistics.stdev(values), "n": len(values)}
+    summary["runs"] = results
+    return summary
+
+
+class _Job:
+    """The runs (seeds, control) of one distill call; they share the teacher and a resident bank."""
+
+    def __init__(self, task: DistillTask, runtime: Runtime):
+        self.task, self.runtime, self.cfg = task, runtime, task.cfg
+        self._store: Store | None = None
+        if task.teacher is not None:
+            task.teacher.to(runtime.device, channels_last=runtime.channels_last)
+            if runtime.config.compile:
+                task.teacher.module.compile()
+
+    def announce(self, path: Path) -> None:
+        """Say what will be done before it is done."""
+        task, cfg = self.task, self.cfg
+        loaded, _ = task.student(cfg.seed)
+        size = sum(p.numel() for p in loaded.module.parameters())
+        start = "fresh weights" if loaded.path is None else f"weights of {loaded.path}"
+        who = task.teacher_facts.get("spec") or task.teacher_facts.get("name") or "unnamed"
+        flags = f" with {', '.join(task.changed)} by flag" if task.changed else ""
+        for line in (
+            f"distill: student {cfg.student} ({size:,} parameters, {start})",
+            f"  teacher {who}, {'live' if task.live else 'stored'} logits; loss {cfg.loss_name}; labels {cfg.labels}",
+            f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
+            f"order {cfg.order}, fresh {cfg.fresh:g}",
+            f"  protocol {task.protocol}{flags}: {task.plan.describe()}",
+            f"  out {path}; {self.runtime.describe()}",
+            *(f"  note: {text}" for text in task.notes),
+        ):
+            note(self.runtime, line)
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def store(self) -> Store:
+        """The bank's images: one resident store for all runs, or a streamed one for each."""
+        if self._store is None or not self._store.resident:
+            self._store = bank_store(self.task.bank, self.runtime.device, logits=not self.task.live)
+            where = "streamed from disk"
+            if isinstance(self._store, ResidentStore):
+                where = f"resident on {self._store.home} ({format_bytes(self._store.nbytes)})"
+            note(self.runtime, f"  bank {where}")
+        return self._store
+
+    def source(self, seed: int, control: bool) -> BatchSource:
+        """Where the batches of one run come from."""
+        task, plan = self.task, self.task.plan
+        common: dict[str, Any] = {
+            "rank": self.runtime.rank,
+            "world": self.runtime.world,
+            "policy": plan.augment,
+            "seed": seed,
+            "device": self.runtime.device,
+        }
+        if control and task.control_data is None:
+            steps = len(task.train) // plan.batch_size
+            return NoiseSource(task.bank.shape, plan.batch_size, steps, **common)
+        if control and task.control_data is not None:
+            real = task.control_data
+            store = ResidentStore(real.images, real.labels, None, self.runtime.device)
+            return StoreSource(store, RandomOrder(np.arange(len(real)), seed), plan.batch_size, **common)
+        order: RandomOrder | EasyToHard = RandomOrder(task.train, seed)
+        if self.cfg.order == "easy2hard":
+            steps = len(task.train) // plan.batch_size
+            epochs = -(-plan.total_steps(steps) // steps)
+            order = EasyToHard(task.train, task.bank.column("difficulty"), seed, epochs)
+        pool = GeneratorPool(task.bank, self.runtime.device) if self.cfg.fresh > 0 else None
+        return StoreSource(self.store(), order, plan.batch_size, fresh=self.cfg.fresh, pool=pool, **common)
+
+    def objective(self, control: bool) -> Objective:
+        """The loss of one batch: the distillation loss plus the cross-entropy on hard labels where asked for."""
+        task, cfg = self.task, self.cfg
+        live = task.live or control
+        policy = "argmax" if control and cfg.labels == "stored" else cfg.labels
+
+        def compute(student: ModelView, batch: Batch) -> dict[str, torch.Tensor]:
+            target = self.teacher_logits(batch.images) if live else batch.logits
+            assert target is not None  # check_task saw to it
+            logits = student(batch.images).float()
+            if policy != "none":
+                batch.labels = target.argmax(dim=1) if policy == "argmax" else batch.labels
+            parts = {k: v.mean() for k, v in task.loss(Taps(logits=logits), Taps(logits=target), batch).items()}
+            if policy != "none" and batch.labels is not None:
+                parts["label_ce"] = cfg.label_weight * ce_per_sample(logits, batch.labels).mean()
+            total = torch.stack(list(parts.values())).sum()
+            shown = parts if len(parts) > 1 else {}
+            return {"loss": total, "agreement": agreement_per_sample(logits.detach(), target).mean(), **shown}
+
+        return compute
+
+    def teacher_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, K) float32 teacher logits, usable in a loss."""
+        assert self.task.teacher is not None
+        with torch.inference_mode():
+            logits = self.task.teacher(images).float()
+        return logits.clone()  # a normal tensor: inference tensors cannot be saved for backward
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, view: TeacherView, *, final: bool) -> dict[str, Any]:
+        """Agreement on the held-out images and, where labelled data is given, accuracy; more at the end of the run."""
+        from synthkit.evaluation.fidelity import evaluate_fidelity
+        from synthkit.evaluation.metrics import evaluate_classifier
+
+        task = self.task
+        figures: dict[str, Any] = {}
+        if len(task.held):
+            found = evaluate_fidelity(view, task.bank, teacher=task.teacher, indices=task.held)
+            figures = {"holdout_agreement": found["agreement"], "holdout_kl": found["kl"]}
+        if task.eval_data is None:
+            return figures
+        scores = evaluate_classifier(view, task.eval_data, teacher=task.teacher if final else None)
+        figures |= {k: scores[k] for k in ("top1", "top5", "ece", "nll", "teacher_top1") if k in scores}
+        if final:
+            figures |= {f"eval_{k}": scores[k] for k in ("agreement", "kl") if k in scores}
+            figures |= {k: scores[k] for k in ("per_class", "warnings") if scores[k]}
+            if "teacher_top1" in scores:
+                figures["retention"] = scores["top1"] / max(scores["teacher_top1"], 1e-9)
+        return figures
+
+    # --- one run ------------------------------------------------------------------------------------------------------
+
+    def run(self, path: Path, seed: int, *, control: bool = False) -> dict[str, Any]:
+        """Train one student (or the control) into `path` and return its headline; a finished one is only read."""
+        cfg, task = self.cfg, self.task
+        own = replace(cfg, seed=seed, seeds=1, out=str(path)) if cfg.seeds > 1 or control else cfg
+        found = check_out(path, own, resume=cfg.resume)
+        if found is not None and found.get("status") == "done":
+            return RunDir(path).read_json("result.json")
+        began = time.monotonic()
+        loaded, view = task.student(seed)
+        source = self.source(seed, control)
+        plan = task.plan
+        if control:  # the same number of steps, however many images there are
+            plan = replace(plan, epochs=None, steps=plan.total_steps(len(task.train) // plan.batch_size))
+        facts = {"protocol": task.protocol, "plan": plan.to_dict(), "changed": task.changed, "notes": task.notes}
+        run = start_run(path, own, self.runtime, command="distill", seed=seed, world=self.runtime.world, **facts)
+        trainer = Trainer(
+            runtime=self.runtime,
+            view=view,
+            objective=self.objective(control),
+            source=source,
+            plan=plan,
+            run_dir=run,
+            seed=seed,
+            description=f"control {cfg.control.split(':')[0]}" if control else f"distill {loaded.card.arch} seed {seed}",
+            on_epoch=lambda epoch, frozen: self.evaluate(frozen, final=epoch == trainer.epochs),
+            eval_every=cfg.eval_every,
+        )
+        if found is not None:
+            trainer.restore()
+        result = {**self.facts(loaded.card.arch, control), "seed": seed, **trainer.fit()}
+        best = max((r["top1"] for r in run.metrics() if "top1" in r), default=None) if self.runtime.is_main else None
+        if best is not None and cfg.eval_every:
+            result["best_top1_diagnostic"] = best  # chosen on the test data, so never the headline
+        if self.runtime.is_main:
+            save_network(run, trainer.network, self.card(loaded.card, result), "student.safetensors")
+            run.write_json("result.json", result)
+            finish_run(run, seconds=result["seconds"], wall_seconds=time.monotonic() - began)
+            trainer.state.clear()
+        self.runtime.accelerator.free_memory()
+        return result
+
+    def facts(self, arch: str, control: bool) -> dict[str, Any]:
+        """What a result is about."""
+        cfg, task = self.cfg, self.task
+        trained_on = "bank"
+        if control:
+            real = task.control_data
+            trained_on = f"{len(real)} random real images" if real else "noise N(0.5, 0.25), new in every step"
+        return {
+            "kind": "control" if control else "distill",
+            "student": arch,
+            "teacher": task.teacher_facts.get("spec"),
+            "bank": str(task.bank.path),
+            "trained_on": trained_on,
+            "loss": cfg.loss_name,
+            "protocol": task.protocol,
+            "images": len(task.train),
+            "holdout_images": len(task.held),
+            "eval_data": cfg.eval_data,
+        }
+
+    def card(self, student: ModelCard, result: dict[str, Any]) -> ModelCard:
+        """The card of the finished student."""
+        cfg, task, bank = self.cfg, self.task, self.task.bank
+        data = task.eval_data
+        loss = task.loss.config  # type: ignore[attr-defined]  # every loss keeps its config
+        return ModelCard(
+            arch=student.arch,
+            num_classes=student.num_classes,
+            input_size=student.input_size,
+            mean=student.mean,
+            std=student.std,
+            class_names=bank.class_names,
+            accuracy={f"{data.name} {data.split}": round(float(result["top1"]), 6)} if data is not None else None,
+            source=f"synthkit distill, {result['kind']} student, trained on {result['trained_on']}",
+            licence=student.licence,
+            extra={
+                "teacher": task.teacher_facts,
+                "bank": {"path": str(bank.path.resolve()), "uuid": bank.record.get("uuid")},
+                "loss": {"name": cfg.loss_name, **asdict(loss)},
+                "labels": {"policy": cfg.labels, "weight": cfg.label_weight},
+                "protocol": task.protocol,
+                "seed": result["seed"],
+                "metrics": {k: v for k, v in result.items() if isinstance(v, float)},
+            },
+        )

@@ -1,0 +1,293 @@
+"""Everything a distill run needs, checked before any work: bank, teacher, student, loss, plan, data.
+
+`check_task` writes nothing and trains nothing; whatever can be known to be wrong is refused here with the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from synthkit.bank import Bank
+from synthkit.config.schema import DistillConfig
+from synthkit.data.augment import check_policy
+from synthkit.data.specs import load_data
+from synthkit.distillation.contract import DistillationLoss
+from synthkit.distillation.protocols import Plan, distill_plan
+from synthkit.distillation.sources import split_holdout, stream_seed
+from synthkit.errors import ConfigError, DataError, ModelError, RequirementError
+from synthkit.evaluation.metrics import matched
+from synthkit.models.build import LoadedModel, load_model
+from synthkit.models.view import ModelView, TeacherView
+from synthkit.tables import lookup
+
+if TYPE_CHECKING:
+    from synthkit.data.real import RealData
+
+
+@dataclass(kw_only=True)
+class DistillTask:
+    """A checked distill run."""
+
+    cfg: DistillConfig
+    bank: Bank
+    loss: DistillationLoss
+    protocol: str
+    plan: Plan
+    changed: list[str]
+    """Values of the plan that flags changed."""
+    teacher: TeacherView | None
+    """None when the logits stored in the bank are used and no teacher is at hand."""
+    teacher_facts: dict[str, Any]
+    """Spec, architecture, sha256 and licence of the teacher, as cards and results name it."""
+    live: bool
+    """Whether teacher logits are computed on the augmented image (else the stored ones are read)."""
+    train: np.ndarray
+    """Indices of the training images."""
+    held: np.ndarray
+    """Indices of the held-out images."""
+    eval_data: RealData | None
+    control_data: RealData | None
+    notes: list[str] = field(default_factory=list)
+    """What the user should know before the start."""
+
+    def student(self, seed: int) -> tuple[LoadedModel, ModelView]:
+        """The student of one seed: fresh weights for a name, the file's weights otherwise."""
+        return load_student(self.cfg, self.bank, seed)
+
+
+def check_task(cfg: DistillConfig) -> DistillTask:
+    """Resolve and check everything.
+
+    Raises:
+        UsageError: (ConfigError, ModelError, DataError, RequirementError) whatever is wrong, with what to do.
+        BankError: the bank is damaged.
+    """
+    bank = Bank(cfg.bank)
+    if len(bank) == 0:
+        raise DataError(f"bank {cfg.bank} holds no image yet", hint="finish it with synthkit synthesize --resume")
+    loss = _loss(cfg)
+    protocol, plan, changed = distill_plan(cfg, bank.shape)
+    check_policy(plan.augment)
+    if cfg.seeds < 1:
+        raise ConfigError("seeds must be at least 1", got=cfg.seeds)
+    train, held = split_holdout(len(bank), cfg.holdout, cfg.seed)
+    if plan.batch_size > len(train):
+        raise ConfigError(
+            f"batch_size {plan.batch_size} is more than the {len(train)} training images of the bank",
+            hint=f"use --batch_size {max(2, len(train))} or less",
+        )
+    notes: list[str] = []
+    teacher, facts = _teacher(cfg, bank, notes)
+    live = _check_logits(cfg, bank, teacher, plan, notes)
+    _check_labels(cfg, bank, loss, live)
+    _check_fresh(cfg, bank, live)
+    if cfg.order == "easy2hard" and not bank.has("difficulty"):
+        raise RequirementError(
+            f"order easy2hard: bank {cfg.bank} stores no difficulty", hint="use --order random, or another bank"
+        )
+    _check_student(cfg, bank)
+    if not bank.complete:
+        notes.append(f"the bank is unfinished: {len(bank)} of {bank.spec.images} images are used")
+    return DistillTask(
+        cfg=cfg,
+        bank=bank,
+        loss=loss,
+        protocol=protocol,
+        plan=plan,
+        changed=changed,
+        teacher=teacher,
+        teacher_facts=facts,
+        live=live,
+        train=train,
+        held=held,
+        eval_data=_eval_data(cfg, bank, notes),
+        control_data=_control_data(cfg, bank, teacher, plan, len(train)),
+        notes=notes,
+    )
+
+
+def _loss(cfg: DistillConfig) -> DistillationLoss:
+    kind = lookup("loss", cfg.loss_name)
+    config = cfg.loss
+    if config is None:
+        config = kind.Config()
+    elif isinstance(config, dict):
+        known = [f.name for f in dataclasses.fields(kind.Config)]
+        for key in config:
+            if key not in known:
+                raise ConfigError(f"loss {cfg.loss_name}: no such option", got=key, allowed=known)
+        config = kind.Config(**config)
+    elif not isinstance(config, kind.Config):
+        raise ConfigError(f"loss {cfg.loss_name}: its config is needed", got=type(config).__qualname__)
+    return kind(config)
+
+
+def _teacher(cfg: DistillConfig, bank: Bank, notes: list[str]) -> tuple[TeacherView | None, dict[str, Any]]:
+    """The teacher given, else the one that the bank names; None when only stored logits are left."""
+    named = dict(bank.spec.teacher)
+    spec = cfg.teacher or named.get("spec")
+    stored = bank.has("logits")
+    if cfg.teacher is None and cfg.logits == "stored" and cfg.fresh == 0 and cfg.control == "none":
+        return None, named
+    if spec is None:
+        if not stored:
+            raise RequirementError(
+                f"bank {cfg.bank} names no teacher and stores no logits", hint="give --teacher, a model spec"
+            )
+        return None, named
+    try:
+        loaded = load_model(spec)
+    except ModelError as error:
+        if cfg.teacher is not None or cfg.logits == "live":
+            raise
+        if not stored:
+            raise RequirementError(
+                f"the bank's teacher {spec!r} cannot be loaded ({error}) and no logits are stored",
+                hint="give --teacher, a model spec",
+            ) from error
+        notes.append(f"the bank's teacher {spec!r} is not here ({error}); its stored logits are used")
+        return None, named
+    _check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    if named.get("sha256") and loaded.sha256 and loaded.sha256 != named["sha256"]:
+        notes.append("the teacher is another file than the one that the bank was made with")
+    card = loaded.card
+    facts = {
+        "spec": str(Path(spec).resolve()) if Path(spec).exists() else spec,
+        "arch": card.arch,
+        "sha256": loaded.sha256,
+        "accuracy": card.accuracy,
+        "licence": card.licence,
+    }
+    return TeacherView.from_loaded(loaded), {k: v for k, v in facts.items() if v is not None}
+
+
+def _check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, ...]) -> None:
+    if classes != bank.num_classes:
+        raise ModelError(
+            f"{what} {spec!r} has {classes} classes, the bank {bank.path} has {bank.num_classes}",
+            hint="use a model of the same classes",
+        )
+    if size != tuple(bank.shape):
+        raise ModelError(
+            f"{what} {spec!r} takes images of {size}, the bank {bank.path} holds {tuple(bank.shape)}",
+            hint="use a model of that input size, or make a bank for this one",
+        )
+
+
+def _check_logits(cfg: DistillConfig, bank: Bank, teacher: TeacherView | None, plan: Plan, notes: list[str]) -> bool:
+    if cfg.logits == "stored" and not bank.has("logits"):
+        raise RequirementError(f"logits stored: bank {cfg.bank} has none", hint="use --logits live with a teacher")
+    if cfg.logits == "live" and teacher is None:
+        raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
+    live = teacher is not None and cfg.logits != "stored"
+    if not live and plan.augment != "none":
+        notes.append(
+            f"stored logits belong to the images as they are, but augment is {plan.augment}: the student is told the "
+            "same target for every view, which is another method than live logits (use --augment none to avoid it)"
+        )
+    return live
+
+
+def _check_labels(cfg: DistillConfig, bank: Bank, loss: DistillationLoss, live: bool) -> None:
+    if cfg.label_weight < 0:
+        raise ConfigError("label_weight must not be negative", got=cfg.label_weight)
+    if (cfg.labels == "none") != (cfg.label_weight == 0):
+        raise ConfigError(
+            "labels and label_weight go together",
+            got=f"--labels {cfg.labels} --label_weight {cfg.label_weight}",
+            hint="give both (--labels argmax --label_weight 0.1) or neither",
+        )
+    if cfg.labels == "stored" and (not bank.has("labels") or bank.spec.label_kind == "none"):
+        raise RequirementError(f"labels stored: bank {cfg.bank} has no labels", hint="use --labels argmax")
+    if loss.requires.labels and cfg.labels == "none":
+        raise RequirementError(f"loss {cfg.loss_name} needs hard labels", hint="use --labels argmax")
+    if loss.requires.live_teacher and not live:
+        raise RequirementError(f"loss {cfg.loss_name} needs the teacher itself", hint="give --teacher --logits live")
+
+
+def _check_fresh(cfg: DistillConfig, bank: Bank, live: bool) -> None:
+    if not 0 <= cfg.fresh <= 1:
+        raise ConfigError("fresh is a share in [0, 1]", got=cfg.fresh)
+    if cfg.fresh == 0:
+        return
+    if not live:
+        raise RequirementError("fresh images need a live teacher", hint="give --teacher and leave --logits stored out")
+    if cfg.labels == "stored":
+        raise RequirementError("fresh images have no stored labels", hint="use --labels argmax or none")
+    if not bank.generators():
+        raise RequirementError(
+            f"fresh: bank {cfg.bank} holds no generator snapshots",
+            hint="leave --fresh out, or make the bank with a generator method (e.g. cudfkd)",
+        )
+
+
+def load_student(cfg: DistillConfig, bank: Bank, seed: int) -> tuple[LoadedModel, ModelView]:
+    """The student and its view; a fresh one is normalised with the constants of the bank's teacher."""
+    channels, height, width = bank.shape
+    if height != width:
+        raise DataError(f"bank {cfg.bank} holds images of {height}x{width}", hint="students take square images only")
+    loaded = load_model(
+        cfg.student,
+        num_classes=bank.num_classes,
+        in_channels=channels,
+        image_size=height,
+        weights="optional",
+        seed=stream_seed(seed, "weights"),
+    )
+    if loaded.path is None:
+        loaded.card.mean, loaded.card.std, loaded.card.class_names = list(bank.mean), list(bank.std), bank.class_names
+    view = ModelView.from_loaded(loaded)
+    loaded.module.train()
+    return loaded, view
+
+
+def _check_student(cfg: DistillConfig, bank: Bank) -> None:
+    loaded, view = load_student(cfg, bank, cfg.seed)
+    _check_fits("student", cfg.student, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    loaded.module.eval()
+    try:
+        with torch.no_grad():
+            logits = view(torch.zeros(2, *bank.shape))
+    except RuntimeError as error:
+        raise ModelError(f"student {cfg.student!r} cannot take images of {tuple(bank.shape)} ({error})") from error
+    if logits.shape != (2, bank.num_classes):
+        raise ModelError(
+            f"student {cfg.student!r} gives an output of {tuple(logits.shape)} for 2 images, (2, {bank.num_classes}) "
+            "is needed"
+        )
+
+
+def _eval_data(cfg: DistillConfig, bank: Bank, notes: list[str]) -> RealData | None:
+    """The labelled data in the size and class order of the bank."""
+    if cfg.eval_data is None:
+        return None
+    view = load_student(cfg, bank, cfg.seed)[1]
+    data, said = matched(view, load_data(cfg.eval_data, "test", size=bank.shape))
+    notes.extend(f"eval_data: {text}" for text in said)
+    return data
+
+
+def _control_data(
+    cfg: DistillConfig, bank: Bank, teacher: TeacherView | None, plan: Plan, images: int
+) -> RealData | None:
+    if cfg.control == "none":
+        return None
+    if teacher is None:
+        raise RequirementError("a control needs the teacher itself", hint="give --teacher, a model spec")
+    if cfg.control == "noise":
+        return None
+    if ":" not in cfg.control:
+        raise ConfigError("control: not known", got=cfg.control, allowed=["none", "noise"], hint="or a data spec")
+    data = load_data(cfg.control, "train", size=bank.shape).subset(images, seed=stream_seed(cfg.seed, "subset"))
+    if len(data) < plan.batch_size:
+        raise DataError(
+            f"control {cfg.control}: {len(data)} images are fewer than one batch of {plan.batch_size}",
+            hint="use a smaller --batch_size",
+        )
+    return data
