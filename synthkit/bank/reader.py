@@ -62,9 +62,13 @@ class Bank:
         self.spec: BankSpec
         self.spec, self.record = read_record(self.path)
         committed = committed_shards(self.path, self.spec)
-        self.sidecars: list[Sidecar] = [
-            read_sidecar(shard_file(self.path, i).with_suffix(".json"), i, self.spec) for i in committed
-        ]
+        try:
+            self.sidecars: list[Sidecar] = [
+                read_sidecar(shard_file(self.path, i).with_suffix(".json"), i, self.spec) for i in committed
+            ]
+        except BankError as error:
+            hint = f"synthkit bank verify {self.path} lists the damage, bank repair sets it aside"
+            raise BankError(str(error), hint=hint) from error
         self._starts = np.cumsum([0] + [s.n for s in self.sidecars])
         self._clear()
 

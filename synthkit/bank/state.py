@@ -112,7 +112,7 @@ def read_arrays(path: Path, sha256: str) -> dict[str, np.ndarray]:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BankError(f"{path}: does not have the recorded sha256", hint="the file is damaged")
     try:
-        return load(data)
+        return dict(sorted(load(data).items()))  # the library returns them in random order
     except (SafetensorError, KeyError, ValueError) as error:
         raise BankError(f"{path}: is not readable safetensors ({error})") from error
 
