@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank.reader import Bank
-from synthkit.bank.spec import BankSpec, LabelKind
+from synthkit.bank.spec import SHARD_BYTES, BankSpec, LabelKind
 from synthkit.bank.writer import BankWriter
 from synthkit.errors import UsageError
 
@@ -39,6 +39,7 @@ def bank_from_arrays(
         images: uint8 (N,C,H,W).
         labels: integers (N,); none makes a bank without labels.
         columns: further columns, e.g. {"logits": (N,K), "difficulty": (N,)}.
+        images_per_shard: none takes as many as fit in 64 MiB.
         real_data_used, contains_real: what the images are; none takes both as true when `label_kind` is "real".
 
     Raises:
@@ -54,9 +55,11 @@ def bank_from_arrays(
             raise UsageError(f"bank_from_arrays: {name} must have {len(images)} rows", got=np.shape(value))
     kind: LabelKind = "none" if labels is None else label_kind
     real = kind == "real"
+    largest = max(1, min(len(images), SHARD_BYTES // images[0].nbytes))  # nothing to resume here: few, large shards
     spec = BankSpec(
         shape=(images.shape[1], images.shape[2], images.shape[3]), num_classes=num_classes, class_names=class_names,
-        mean=mean, std=std, label_kind=kind, images=len(images), images_per_shard=images_per_shard, seed=seed,
+        mean=mean, std=std, label_kind=kind, images=len(images), seed=seed,
+        images_per_shard=images_per_shard or largest,
         recipe=recipe or {"method": "arrays"}, teacher=teacher or {},
         real_data_used=real if real_data_used is None else real_data_used,
         contains_real=real if contains_real is None else contains_real, extra=extra or {},

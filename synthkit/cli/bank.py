@@ -88,8 +88,8 @@ def _info(args: argparse.Namespace) -> int:
 def _info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
     teacher, recipe = facts["teacher"], facts["recipe"]
 
-    def number(key: str, form: str = ".4g") -> str:
-        return "not stored" if facts[key] is None else format(facts[key], form)
+    def number(key: str, form: str, note: str = "") -> str:
+        return "not stored" if facts[key] is None else format(facts[key], form) + note
 
     state = "complete" if facts["complete"] else "unfinished"
     state += ", sealed" if facts["sealed"] else ""
@@ -99,16 +99,16 @@ def _info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
         "shards": f"{facts['shards']} of {facts['shards_planned']} ({state}), {facts['bytes'] / 1e6:,.1f} MB",
         "columns": ", ".join(facts["columns"]) or "none yet",
         "labels": f"{facts['label_kind']}, {facts['num_classes']} classes",
-        "balance": "not stored" if facts["balance"] is None else f"{facts['balance']:.3f} (1 is even)",
-        "difficulty": number("mean_difficulty") + (f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""),
-        "agreement": number("teacher_agreement") + " (labels = teacher's argmax)",
-        "confidence": number("mean_confidence") + " (teacher, mean)",
+        "balance": number("balance", ".3f", " (1 is even)"),
+        "difficulty": number("mean_difficulty", ".4g", f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""),
+        "agreement": number("teacher_agreement", ".2%", " of the labels are the argmax of the stored logits"),
+        "confidence": number("mean_confidence", ".2%", " (mean of the teacher's largest probability)"),
         "steps": "not stored" if not facts["step_range"] else "{} to {}".format(*facts["step_range"]),
         "generators": str(facts["generators"]),
         "method": clean(recipe.get("method", "not recorded")),
         "teacher": clean(teacher.get("name") or teacher.get("arch") or "none"),
         "seed": str(facts["seed"]),
-        "made": f"{clean(facts['created'])}, {number('seconds', ',.0f')} s of writing runs",
+        "made": f"{clean(facts['created'])}, in {number('seconds', ',.1f')} s",
         "real data": facts["origin"],
         "recipe hash": clean(facts["recipe_hash"]),
         "root hash": facts["root"] or "none before the bank is complete",

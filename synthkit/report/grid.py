@@ -44,9 +44,8 @@ def grid_png(
         UsageError: a number is out of range. BankError: the bank is damaged or empty.
     """
     stream = io.BytesIO()
-    image = grid_image(bank, per_class, max_classes=max_classes, classes=classes, title=title).save(
-        stream, "PNG", optimize=True
-    )
+    image = grid_image(bank, per_class, max_classes=max_classes, classes=classes, title=title)
+    image.save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
@@ -77,6 +76,7 @@ def grid_image(
     rows = _rows(counts, classes, max_classes) if labelled else [0]
     key, meaning = order_key(bank)
     picked = [pick(labels, key, row, per_class) for row in rows]
+    per_class = max([1] + [len(p) for p in picked])  # no column stays empty
 
     big, small = _font(15), _font(12)
     names = [_shorten(bank.class_names[r] if labelled else "all images", big, 150) for r in rows]
@@ -196,8 +196,11 @@ def _ramp(share: float) -> tuple[int, int, int]:
 
 
 def _short_number(value: float) -> str:
-    if value == 0 or 0.01 <= abs(value) < 10_000:
+    if value == 0 or 0.01 <= abs(value) < 1000:
         return f"{value:.3g}"
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if unit <= abs(value) < 1e12:
+            return f"{value / unit:.3g}{name}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
