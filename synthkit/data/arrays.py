@@ -11,7 +11,7 @@ import torch
 
 from synthkit.data.decode import decode_images
 from synthkit.data.parquet import _labels
-from synthkit.data.real import RealData, free_memory, require_memory, resize_images
+from synthkit.data.real import RealData, free_memory, require_memory
 from synthkit.data.splits import Split, choose, missing_root, split_of
 from synthkit.errors import DataError, RequirementError
 
@@ -63,10 +63,10 @@ def load_npz(path: Path, split: Split, size: tuple[int, int, int] | None, name: 
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: not a plain npz file ({error})", hint="write it with numpy.savez") from error
     labels, class_names = _labels(raw.tolist(), names, name)
-    images = resize_images(images, size) if size else images
-    return RealData(
+    data = RealData(
         images=images, labels=labels, class_names=class_names, name=name, root=str(path), split=taken, notes=notes
     )
+    return data.resized(size) if size else data
 
 
 def _as_nchw(array: np.ndarray, path: Path) -> torch.Tensor:
@@ -100,8 +100,8 @@ def load_bank(path: Path, size: tuple[int, int, int] | None, name: str) -> RealD
     kind = bank.spec.label_kind
     notes = () if kind == "real" else (f"synthetic bank: labels are of kind {kind!r}, not real labels",)
     images = torch.from_numpy(np.ascontiguousarray(batch.images))
-    return RealData(
-        images=resize_images(images, size) if size else images,
+    data = RealData(
+        images=images,
         labels=torch.from_numpy(np.asarray(batch.labels, dtype=np.int64)),
         class_names=list(bank.class_names or [str(i) for i in range(bank.num_classes)]),
         name=name,
@@ -109,6 +109,7 @@ def load_bank(path: Path, size: tuple[int, int, int] | None, name: str) -> RealD
         notes=notes,
         label_source=kind,
     )
+    return data.resized(size) if size else data
 
 
 def load_hub(spec: str, split: Split, size: tuple[int, int, int] | None, name: str) -> RealData:
@@ -143,5 +144,7 @@ def load_hub(spec: str, split: Split, size: tuple[int, int, int] | None, name: s
     sources = [row["bytes"] if row["bytes"] is not None else Path(row["path"]) for row in rows]
     raw = [int(value) for part in encoded for value in part[label]]
     labels, names = _labels(raw, list(getattr(features[label], "names", None) or []) or None, name)
-    images = decode_images(sources, lambda i: f"{name} row {i}", size, name)
-    return RealData(images=images, labels=labels, class_names=names, name=name, root=spec, split=taken)
+    images, stored = decode_images(sources, lambda i: f"{name} row {i}", size, name)
+    return RealData(
+        images=images, labels=labels, class_names=names, name=name, root=spec, split=taken, stored_shape=stored
+    )

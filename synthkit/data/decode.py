@@ -54,8 +54,8 @@ def _is_grey(image: Image.Image) -> bool:
 
 def decode_images(
     sources: Sequence[Source], label: Callable[[int], str], size: tuple[int, int, int] | None, what: str
-) -> Tensor:
-    """Every source decoded: uint8 (N,C,H,W).
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Every source decoded: uint8 (N,C,H,W), and the (C,H,W) of the first one as stored.
 
     Args:
         sources: paths, or the bytes of image files.
@@ -70,14 +70,14 @@ def decode_images(
     if not sources:
         raise DataError(f"{what}: no images")
     with _open(sources[0], label(0)) as first:
-        channels = size[0] if size else (1 if _is_grey(first) else 3)
-        shape = tuple(size) if size else (channels, first.height, first.width)
-    if channels not in (1, 3):
-        raise DataError("size: images have 1 (grey) or 3 (RGB) channels", got=size)
+        stored = (1 if _is_grey(first) else 3, first.height, first.width)
+    if size is not None:
+        return _decode(sources, label, size, True, what), stored
     try:
-        return _decode(sources, label, (shape[0], shape[1], shape[2]), size is not None, what)
+        return _decode(sources, label, stored, False, what), stored
     except _ColourFound:
-        return _decode(sources, label, (3, shape[1], shape[2]), False, what)
+        stored = (3, *stored[1:])
+        return _decode(sources, label, stored, False, what), stored
 
 
 def _decode(

@@ -82,7 +82,7 @@ def load_folder(
         labels += [index[folder.name]] * len(inside)
     if not files:
         raise DataError(f"{name}: no images in the class folders of {root}", hint="expected ROOT[/train]/CLASS/*.png")
-    images = decode_images(files, lambda i: str(files[i]), size, name)
+    images, stored = decode_images(files, lambda i: str(files[i]), size, name)
     return RealData(
         images=images,
         labels=torch.tensor(labels, dtype=torch.int64),
@@ -91,4 +91,5 @@ def load_folder(
         root=str(root),
         split=taken,
         notes=tuple(notes),
+        stored_shape=stored,
     )

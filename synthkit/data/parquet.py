@@ -64,9 +64,18 @@ def load_parquet(
     if not sources:
         raise DataError(f"{name}: no rows in {', '.join(str(path) for path in files)}")
     labels, names = _labels(raw, names or _beside(files[0]), name)
-    images = decode_images(sources, lambda i: f"{name} row {i}", size, name)
+    images, stored = decode_images(sources, lambda i: f"{name} row {i}", size, name)
     root = str(files[0].parent if len(files) > 1 else files[0])
-    return RealData(images=images, labels=labels, class_names=names, name=name, root=root, split=taken, notes=notes)
+    return RealData(
+        images=images,
+        labels=labels,
+        class_names=names,
+        name=name,
+        root=root,
+        split=taken,
+        notes=notes,
+        stored_shape=stored,
+    )
 
 
 def _select(pattern: str, split: Split, name: str) -> tuple[list[Path], str, tuple[str, ...]]:

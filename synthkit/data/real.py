@@ -97,7 +97,8 @@ class RealData:
 
     Attributes: `images` uint8 (N,C,H,W); `labels` int64 (N,), indices into `class_names`; `name` of the dataset;
     `root` where it was read; `split` that was really loaded ("all" when the source has no splits); `notes`, what the
-    user should know about the loading; `label_source`: "real" unless it is a bank ("argmax", "target", ...).
+    user should know about the loading; `label_source`: "real" unless it is a bank ("argmax", "target", ...);
+    `stored_shape` (C,H,W) of the (first) image in the source, before any resize.
     """
 
     images: Tensor
@@ -108,6 +109,7 @@ class RealData:
     split: str = "all"
     notes: tuple[str, ...] = ()
     label_source: str = "real"
+    stored_shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
@@ -117,6 +119,7 @@ class RealData:
                 f"{self.name}: {self.images.shape[0]} images but labels of shape {tuple(self.labels.shape)}",
                 hint="there must be one label per image",
             )
+        self.stored_shape = self.stored_shape or self.shape
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
             low, high = int(self.labels.min()), int(self.labels.max())
             raise DataError(
@@ -138,7 +141,10 @@ class RealData:
 
     def resized(self, size: tuple[int, int, int]) -> RealData:
         """The same data as (C,H,W) = `size`, by `resize_images`."""
-        return self if self.shape == tuple(size) else replace(self, images=resize_images(self.images, size))
+        if self.shape == tuple(size):
+            return self
+        require_memory(self.name, len(self), size)
+        return replace(self, images=resize_images(self.images, size))
 
     def subset(self, n: int, seed: int = 0) -> RealData:
         """A random sample of `n` images without repetition, in their old order; all of them when n >= len."""

@@ -10,7 +10,7 @@ import torch
 from synthkit.data import arrays, cifar, idx
 from synthkit.data.folder import is_image_folder, load_folder
 from synthkit.data.parquet import find_parquet, load_parquet
-from synthkit.data.real import RealData, require_memory, resize_images
+from synthkit.data.real import RealData
 from synthkit.data.splits import Split, check_split, looked_for, missing_root
 from synthkit.data.stats import CLASS_NAMES
 from synthkit.errors import DataError
@@ -134,10 +134,8 @@ def _native(kind: str, native: Path | tuple[str, Path], split: Split, size: tupl
         folder = native
         parts = [idx.read_mnist(folder, one) for one in wanted]
     images = torch.cat([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
-    if size is not None:
-        require_memory(kind, len(images), size)
-        images = resize_images(images, size)
     labels = torch.cat([part[1] for part in parts])
-    return RealData(
+    data = RealData(
         images=images, labels=labels, class_names=list(CLASS_NAMES[kind]), name=kind, root=str(folder), split=split
     )
+    return data.resized(size) if size else data

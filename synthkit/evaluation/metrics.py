@@ -7,6 +7,7 @@ order of the data is fixed, so the same machine gives the same numbers.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,10 +67,11 @@ def evaluate_classifier(
         runtime: autocast of the run; none computes in float32.
 
     Returns:
-        JSON-able values. `n`; `top1`, `top5` (only above five classes), `teacher_top1`, `agreement` as shares in
-        [0, 1]; `nll` (nats); `ece`: expected calibration error over 15 equal-width bins of the top probability;
-        `per_class` {name: accuracy, or None without images}; `predicted` {name: number of predictions}; `kl`: mean
-        KL(teacher || student) at temperature 1 in nats; `warnings`.
+        JSON-able values. `n`; `labels` (where they come from); `top1` with its binomial standard error `top1_stderr`,
+        `top5` (only above five classes), `teacher_top1`, `agreement`: all shares in [0, 1]; `nll` (nats); `ece`:
+        expected calibration error over 15 equal-width bins of the top probability; `kl`: mean KL(teacher || student)
+        at temperature 1 (nats); `per_class` {name: accuracy, or None without images}; `predicted` {name: number of
+        predictions}; `warnings`.
 
     Raises:
         DataError: no images, or classes or image size do not fit the model or the teacher.
@@ -126,9 +128,9 @@ def matched(view: ModelView, data: RealData) -> tuple[RealData, list[str]]:
     """
     said = list(data.notes)
     size = (view.input_size[0], view.input_size[1], view.input_size[2])
-    if data.shape != size:
-        said.append(f"images were resized from {data.shape} to {size}")
-        data = data.resized(size)
+    if data.stored_shape != size:
+        said.append(f"images were resized from {data.stored_shape} to {size}")
+    data = data.resized(size)
     check = check_classes(view.class_names, data.class_names, view.num_classes)
     if check.warning:
         said.append(check.warning)
@@ -207,6 +209,7 @@ def summarize(scores: Scores, class_names: list[str], label_source: str = "real"
     predicted = torch.bincount(scores.predictions, minlength=classes)
     names = unique_names(class_names)
     result: dict[str, Any] = {"n": len(right), "labels": label_source, "top1": _mean(right)}
+    result["top1_stderr"] = math.sqrt(result["top1"] * (1 - result["top1"]) / len(right))
     if classes > 5:
         result["top5"] = _mean(scores.in_top5)
     result |= {"nll": _mean(scores.nll), "ece": expected_calibration_error(scores.confidence, right)}

@@ -1,0 +1,222 @@
+"""`synthkit evaluate`: accuracy on labelled data, or agreement with the teacher on a bank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from synthkit.config.schema import EvaluateConfig
+from synthkit.errors import BankError, DataError, ModelError, UsageError
+
+if TYPE_CHECKING:
+    from synthkit.bank import Bank
+    from synthkit.models.build import LoadedModel
+    from synthkit.models.view import TeacherView
+    from synthkit.runtime import Runtime
+
+
+def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure a model and print the result.
+
+    Returns:
+        The record that `--json` prints and `--out` adds to its file: `model`, `data`, `teacher`, `metrics`
+        (see `evaluate_classifier`, `evaluate_fidelity`), `warnings`, `seconds`, `versions`, `hardware`.
+
+    Raises:
+        UsageError: model, data, teacher or output do not fit; nothing was written.
+    """
+    from synthkit.evaluation import report
+    from synthkit.runtime import Runtime, hardware, versions
+
+    if cfg.limit is not None and cfg.limit < 1:
+        raise UsageError("limit must be at least 1", got=cfg.limit)
+    out = Path(cfg.out) if cfg.out else None
+    if out is not None:
+        report.check_out(out)
+    began = time.monotonic()
+    runtime = Runtime.create(cfg.runtime)
+    job = _Job(cfg, runtime)
+    result = job.measure()
+    result |= {"seconds": round(time.monotonic() - began, 3), "versions": versions(), "hardware": hardware()}
+    if runtime.is_main:
+        if not quiet:
+            print(report.render(result))
+        if out is not None:
+            report.add_result(out, result)
+            print(f"written to {out}", file=sys.stderr)
+    return result
+
+
+class _Job:
+    """One evaluation: loads what the config names and chooses how to measure."""
+
+    def __init__(self, cfg: EvaluateConfig, runtime: Runtime):
+        from synthkit.models.build import load_model
+
+        self.cfg, self.runtime = cfg, runtime
+        self.notes: list[str] = []
+        self.loaded = load_model(cfg.model, weights="required")
+        assumed = self.loaded.card.extra.get("assumed")
+        if assumed:
+            self.notes.append(f"the model has no card; {assumed} is assumed")
+        self.view = self._view(self.loaded)
+
+    def _view(self, loaded: LoadedModel) -> TeacherView:
+        from synthkit.models.view import TeacherView
+
+        view = TeacherView.from_loaded(loaded)
+        view.to(self.runtime.device, channels_last=self.runtime.channels_last)
+        return view
+
+    def measure(self) -> dict[str, Any]:
+        """The record without timings."""
+        data, spec = self.cfg.data, self.cfg.data
+        trained_on = self.loaded.card.extra.get("bank")
+        if spec is None and isinstance(trained_on, dict) and trained_on.get("path"):
+            data = f"bank:{trained_on['path']}"
+            self.notes.append("no --data was given: measured on the bank that the student was trained from")
+        if data is None:
+            raise UsageError("evaluate: no data", hint="give --data, for example --data cifar10:DIR or bank:DIR")
+        if data.startswith("bank:"):
+            return self._on_bank(Path(data.removeprefix("bank:")).expanduser(), data)
+        return self._on_labels(data)
+
+    def _record(self, data: dict[str, Any], metrics: dict[str, Any], teacher: LoadedModel | None) -> dict[str, Any]:
+        def about(loaded: LoadedModel) -> dict[str, Any]:
+            card = loaded.card
+            return {
+                "spec": loaded.spec,
+                "arch": card.arch,
+                "parameters": sum(p.numel() for p in loaded.module.parameters()),
+                "sha256": loaded.sha256,
+                "mean": card.mean,
+                "std": card.std,
+                "claimed_accuracy": card.accuracy,
+            }
+
+        warnings = list(dict.fromkeys([*self.notes, *metrics.pop("warnings")]))
+        data |= {"limit": self.cfg.limit, "seed": self.cfg.seed if self.cfg.limit else None}
+        return {
+            "model": about(self.loaded),
+            "teacher": about(teacher) if teacher else None,
+            "data": data,
+            "metrics": metrics,
+            "warnings": warnings,
+        }
+
+    # --- labelled data ------------------------------------------------------------------------------------------------
+
+    def _on_labels(self, spec: str) -> dict[str, Any]:
+        from synthkit.data.specs import load_data
+        from synthkit.evaluation.diagnose import wrong_normalisation
+        from synthkit.evaluation.metrics import evaluate_classifier, matched
+
+        size = (self.view.input_size[0], self.view.input_size[1], self.view.input_size[2])
+        data, said = matched(self.view, load_data(spec, self.cfg.split, size=size))
+        self.notes += said
+        if self.cfg.limit is not None:
+            data = data.subset(self.cfg.limit, self.cfg.seed)
+        teacher = self._teacher()
+        metrics = evaluate_classifier(
+            self.view, data, teacher=self._view(teacher) if teacher else None, runtime=self._autocast()
+        )
+        if data.label_source == "real":
+            warning = wrong_normalisation(self.view, data)
+            metrics["warnings"] += [warning] if warning else []
+        about = {"spec": spec, "name": data.name, "split": data.split, "labels": data.label_source}
+        return self._record(about, metrics, teacher)
+
+    def _autocast(self) -> Runtime | None:
+        """Accuracies are measured in float32 unless another precision is asked for by name."""
+        return None if self.cfg.runtime.precision == "auto" else self.runtime
+
+    # --- teacher ------------------------------------------------------------------------------------------------------
+
+    def _teacher(self, also: object = None) -> LoadedModel | None:
+        """The teacher given, else that of the run, else `also`; one that is only remembered may be gone."""
+        from synthkit.models.build import load_model
+
+        if self.cfg.teacher is not None:
+            return load_model(self.cfg.teacher, weights="required")
+        remembered = _spec(self.loaded.card.extra.get("teacher")) or _spec(also)
+        if remembered is None:
+            return None
+        try:
+            return load_model(remembered, weights="required")
+        except ModelError as error:
+            self.notes.append(f"the teacher {remembered!r} cannot be loaded, so it is left out ({error})")
+            return None
+
+    # --- banks --------------------------------------------------------------------------------------------------------
+
+    def _on_bank(self, path: Path, spec: str) -> dict[str, Any]:
+        from synthkit.bank import Bank
+        from synthkit.data.splits import missing_root
+        from synthkit.evaluation.fidelity import evaluate_fidelity
+
+        if not path.is_dir():
+            raise missing_root("bank", path)
+        bank = Bank(path)
+        if len(bank) == 0:
+            raise BankError(f"{path}: no shard is committed yet", hint="finish it with: synthkit synthesize --resume")
+        if bank.spec.label_kind == "real":
+            return self._on_labels(spec)
+        teacher = self._teacher(bank.spec.teacher)
+        if teacher is None and not bank.has("logits"):
+            raise DataError(
+                f"bank {path}: neither a teacher nor stored logits to agree with", hint="name it with --teacher SPEC"
+            )
+        rows = self._rows(bank)
+        metrics = evaluate_fidelity(
+            self.view,
+            bank,
+            teacher=self._view(teacher) if teacher else None,
+            indices=rows,
+            runtime=self._autocast(),
+        )
+        return self._record({"spec": spec, "labels": "none"}, metrics, teacher)
+
+    def _rows(self, bank: Bank) -> np.ndarray:
+        """The rows to measure on: of the bank that the student was trained from, the held-out part."""
+        rows = np.arange(len(bank))
+        trained_on = self.loaded.card.extra.get("bank")
+        uuid = bank.record.get("uuid")
+        if isinstance(trained_on, dict) and uuid is not None and trained_on.get("uuid") == uuid:
+            held = _held_out(Path(self.cfg.model), len(bank))
+            if held is None or len(held) == 0:
+                self.notes.append("the student was trained on these very images: this is no held-out measure")
+            else:
+                rows = held
+                self.notes.append(f"the {len(held)} images that distill held out of training")
+        if self.cfg.limit is not None and self.cfg.limit < len(rows):
+            chosen = np.random.default_rng(self.cfg.seed).permutation(len(rows))[: self.cfg.limit]
+            rows = rows[np.sort(chosen)]
+        return rows
+
+
+def _spec(teacher: object) -> str | None:
+    """The model spec in what a card or bank remembers of a teacher."""
+    if isinstance(teacher, dict):
+        teacher = teacher.get("spec")
+    return teacher if isinstance(teacher, str) and teacher else None
+
+
+def _held_out(model: Path, images: int) -> np.ndarray | None:
+    """The held-out rows of a distill run by its run.json; none when the run is not at hand."""
+    from synthkit.distillation.sources import split_holdout
+    from synthkit.runtime import RunDir
+
+    folder = model if model.is_dir() else model.parent
+    # with several seeds each has a folder, and the split is that of the whole call one level up
+    for place in (folder.parent, folder):
+        record = RunDir(place).read_json("run.json")
+        config = record.get("config") if isinstance(record, dict) else None
+        if not isinstance(config, dict) or "holdout" not in config:
+            continue
+        if place == folder or config.get("seeds", 1) > 1:
+            return split_holdout(images, float(config["holdout"]), int(config["seed"]))[1]
+    return None
