@@ -85,6 +85,8 @@ class Task:
     """Called with a dict of figures now and then (may be None)."""
     warn: Any = None
     """Called with a text when something looks wrong (may be None)."""
+    tick: Any = None
+    """Called with the number of steps done since the last call, for the progress line (may be None)."""
     eval_hook: Any = None
     """Called with the co-trained student view; returns diagnostic figures or None. Never used for decisions."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +114,8 @@ class Synthesizer(Protocol):
 
     requires: ClassVar[Requires]
     Config: ClassVar[type]
+    step: int
+    total_steps: int
 
     def __init__(self, config: Any, task: Task): ...
 

@@ -240,9 +240,12 @@ class GeneratorLoop:
         for _ in range(self.config.g_steps):
             self.generator_step()
         self._set_modes(generating=False)
-        for _ in range(min(self.config.kd_steps, (epoch + 1) * self.config.ep_steps - self.step)):
+        steps = min(self.config.kd_steps, (epoch + 1) * self.config.ep_steps - self.step)
+        for _ in range(steps):
             self.student_step()
             self.step += 1
+        if self.task.tick:
+            self.task.tick(steps)
         if self.step % self.config.ep_steps == 0:
             self._end_epoch(epoch, lr)
 
