@@ -1,4 +1,4 @@
-"""What a config dataclass can hold, flattened to dotted names: the basis of flags, key checks and suggestions. No torch."""
+"""A config dataclass flattened to dotted names: the basis of flags, key checks and suggestions. No torch."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from typing import Any
 from synthkit import tables
 from synthkit.config import recipes, safe_yaml, schema
 from synthkit.config.fields import Option, describe, flatten, options_of, unknown
+from synthkit.config.words import Words, as_text, word_value
 from synthkit.errors import ConfigError, UsageError
 
 
@@ -52,6 +53,8 @@ class Parsed:
 
     config: Any = None
     text: str | None = None
+    json: bool = False
+    """Whether the result should be printed as JSON."""
 
 
 def parse_config(command: str, source: Sequence[str] | Mapping[str, Any]) -> Any:
@@ -77,13 +80,13 @@ def parse_config(command: str, source: Sequence[str] | Mapping[str, Any]) -> Any
 
 def parse_command_line(command: str, argv: Sequence[str]) -> Parsed:
     """Like `parse_config`, and answers `--help` and `--print_config` with the text to print."""
-    words = _Words(command, argv)
+    words = Words(command, argv)
     build = _Build(command, _load_files(command, words.take("config")), words)
     if words.help:
         return Parsed(text=build.help())
     if words.print_config:
         return Parsed(text=dump_config(command, build.config()))
-    return Parsed(config=build.config())
+    return Parsed(config=build.config(), json=words.json)
 
 
 def load_recipe(recipe: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Any:
@@ -125,45 +128,6 @@ def config_hash(config: Any, *, exclude: Sequence[str] = PLACE_ONLY) -> str:
 def dump_config(command: str, config: Any) -> str:
     """The effective recipe as YAML; `--config` takes it back."""
     return safe_yaml.dumps({"command": command, **config_to_dict(config)})
-
-
-# --- words of a command line ---------------------------------------------------------------------------------------
-
-
-class _Words:
-    """Command-line words as (dotted name, value) pairs; dashes and underscores are the same in names."""
-
-    def __init__(self, command: str, argv: Sequence[str]):
-        self.pairs: list[tuple[str, list[str]]] = []
-        self.help = self.print_config = False
-        rest = list(argv)
-        while rest:
-            word = rest.pop(0)
-            if word in ("-h", "--help"):
-                self.help = True
-            elif not word.startswith("--") or word == "--":
-                hint = f"options begin with --; see synthkit {command} --help"
-                raise ConfigError(f"{command}: unexpected word", got=word, hint=hint)
-            else:
-                name, equals, value = word[2:].partition("=")
-                values = [value] if equals else []
-                while not equals and rest and not rest[0].startswith("--") and rest[0] != "-h":
-                    values.append(rest.pop(0))
-                self._add(name.replace("-", "_"), values)
-
-    def _add(self, name: str, values: list[str]) -> None:
-        if name == "print_config":
-            self.print_config = True
-        else:
-            self.pairs.append((name, values))
-
-    def take(self, name: str) -> list[str]:
-        """Remove and return all values of `name`."""
-        found = [v for n, values in self.pairs if n == name for v in values or [""]]
-        self.pairs = [p for p in self.pairs if p[0] != name]
-        if "" in found:
-            raise ConfigError(f"--{name} needs a value")
-        return found
 
 
 # --- files and mappings --------------------------------------------------------------------------------------------
@@ -214,7 +178,7 @@ def _command(command: str) -> Command:
 class _Build:
     """One config in the making: layers of flat values, the concrete plug-in config, the parser."""
 
-    def __init__(self, command: str, layers: list[dict[str, Any]], words: _Words | None = None):
+    def __init__(self, command: str, layers: list[dict[str, Any]], words: Words | None = None):
         self.command, self.spec = command, _command(command)
         self.layers, self.words = layers, words
         self.plugin = self.spec.plugin
@@ -272,7 +236,7 @@ class _Build:
                 full = self._resolve(name)
                 if full is None:
                     raise unknown(layer[""], repr(name), name, self.options, "", f"synthkit {self.command} --help")
-                flags.append(f"--{full}={_as_text(value, self.options[full])}")
+                flags.append(f"--{full}={as_text(value, self.options[full])}")
         return flags
 
     def _word_flags(self) -> list[str]:
@@ -283,12 +247,12 @@ class _Build:
                 raise unknown(
                     self.command, f"--{name}", name, self._flag_names(), "--", f"synthkit {self.command} --help"
                 )
-            flags.append(f"--{full}={_word_value(full, values, self.options[full])}")
+            flags.append(f"--{full}={word_value(full, values, self.options[full])}")
         return flags
 
     def _flag_names(self) -> list[str]:
         plugin = [self.plugin] if self.plugin else []
-        return [*self.options, *plugin, "config", "print_config", "help"]
+        return [*self.options, *plugin, "config", "print_config", "json", "help"]
 
     def _resolve(self, name: str) -> str | None:
         """The option that `name` means: itself, or its short form without `runtime.`."""
@@ -326,6 +290,7 @@ class _Build:
         parser.add_argument("--config", metavar="RECIPE", help=recipe, default=argparse.SUPPRESS)
         effective = "Print the effective recipe as YAML and exit; --config takes it back."
         parser.add_argument("--print_config", action="store_true", help=effective, default=argparse.SUPPRESS)
+        parser.add_argument("--json", action="store_true", help="Print the result as JSON.", default=argparse.SUPPRESS)
         for title, config, prefix in self._sections():
             group = parser.add_argument_group(title)
             texts = describe(config) if describe_fields else {}
@@ -378,35 +343,6 @@ def _nested_type(config: type, entry: dataclasses.Field[Any]) -> type | None:
 
     hint = typing.get_type_hints(config)[entry.name]
     return hint if is_dataclass(hint) and isinstance(hint, type) else None
-
-
-def _as_text(value: Any, option: Option) -> str:
-    """A Python or YAML value as the word a user would type."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return _none_word(value, option)
-    if isinstance(value, (bool, list, tuple, dict)):
-        return json.dumps(list(value) if isinstance(value, tuple) else value)
-    return str(value)
-
-
-def _word_value(name: str, values: list[str], option: Option) -> str:
-    if not values:
-        if option.boolean:
-            return "true"
-        raise ConfigError(f"--{name} needs a value: {option.expected}")
-    if option.sequence:
-        text = ",".join(values)
-        return text if text.startswith("[") else f"[{text}]"
-    if len(values) > 1:
-        raise ConfigError(f"--{name} takes one value", got=" ".join(values))
-    return _none_word(values[0], option)
-
-
-def _none_word(value: str, option: Option) -> str:
-    is_none = value.lower() in ("none", "null") and option.optional and value not in option.choices
-    return "null" if is_none else value
 
 
 __all__ = [

@@ -12,9 +12,10 @@ from synthkit.paths import recipes_dir
 
 
 def names() -> list[str]:
-    """Names of the shipped recipes, e.g. `cifar10/cudfkd-r34-r18`, sorted."""
+    """Names of the shipped recipes, e.g. `cifar10/cudfkd-r34-r18`, sorted; `recipes/teachers/` holds model cards."""
     root = recipes_dir()
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
+    files = (p.relative_to(root) for p in root.rglob("*.yaml"))
+    return sorted(p.with_suffix("").as_posix() for p in files if p.parts[0] != "teachers")
 
 
 def find(recipe: str | os.PathLike[str]) -> Path:

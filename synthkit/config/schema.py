@@ -70,7 +70,7 @@ class DistillConfig:
     label_weight: float = 0.0
     """Weight of the cross-entropy term on the hard labels."""
     logits: Literal["auto", "live", "stored"] = "auto"
-    """Teacher logits: computed live on the augmented image, or read from the bank; auto is live when a teacher is found."""
+    """Teacher logits: live on the augmented image, or read from the bank; auto is live when a teacher is found."""
     fresh: float = 0.0
     """Share of every batch drawn anew from the bank's generator snapshots (needs a live teacher)."""
     epochs: int | None = None

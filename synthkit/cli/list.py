@@ -1,0 +1,101 @@
+"""`synthkit list KIND`: what can be named on the command line. No torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+from synthkit import tables
+from synthkit.cli.arguments import Arguments, print_json, table
+from synthkit.config import recipes
+
+FORMATS: dict[str, str] = {
+    "bank": "synthkit's own bank, schema 1: contiguous HDF5 shards with JSON commit records",
+}
+"""What an image set can be written as."""
+
+
+def _described(entries: dict[str, str]) -> dict[str, str]:
+    """Name -> first line of the docstring of the module behind it."""
+    found = {}
+    for name, place in entries.items():
+        text = importlib.import_module(place.partition(":")[0]).__doc__ or ""
+        found[name] = text.strip().split("\n", 1)[0].rstrip(".")
+    return found
+
+
+def _models() -> dict[str, str]:
+    from synthkit.models.names import ALIASES, ARCHITECTURES
+
+    aliases: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        aliases.setdefault(name, []).append(alias)
+    return {
+        name: description + (f" (also {', '.join(aliases[name])})" if name in aliases else "")
+        for name, (_, description, _) in ARCHITECTURES.items()
+    }
+
+
+def _protocols() -> dict[str, str]:
+    from synthkit.distillation.protocols import PROTOCOLS
+
+    return {name: protocol.description for name, protocol in PROTOCOLS.items()}
+
+
+def _augmentations() -> dict[str, str]:
+    from synthkit.data.policies import POLICIES
+
+    return dict(POLICIES)
+
+
+def _recipes() -> dict[str, str]:
+    return {name: (recipes.header(recipes.find(name)) or [""])[0] for name in recipes.names()}
+
+
+KINDS: dict[str, Callable[[], dict[str, str]]] = {
+    "methods": lambda: _described(tables.methods()),
+    "losses": lambda: _described(tables.losses()),
+    "models": _models,
+    "datasets": lambda: dict(tables.DATASETS),
+    "recipes": _recipes,
+    "protocols": _protocols,
+    "curricula": lambda: dict(tables.CURRICULA),
+    "augmentations": _augmentations,
+    "formats": lambda: dict(FORMATS),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print one table, or the names of all tables."""
+    parser = Arguments(prog="synthkit list", description="List what can be named on the command line.")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("--json", action="store_true", help="machine-readable: {name: description}")
+    arguments = parser.parse(argv)
+    if arguments.kind is None:
+        counts = {kind: sorted(read()) for kind, read in KINDS.items()}
+        if arguments.json:
+            print_json(counts)
+        else:
+            print(table([(kind, f"{len(names):>3}", _some(names)) for kind, names in counts.items()]))
+        return 0
+    entries = KINDS[_kind(arguments.kind)]()
+    if arguments.json:
+        print_json(entries)
+    else:
+        print(table(entries.items()))
+    return 0
+
+
+def _kind(word: str) -> str:
+    from synthkit.errors import UsageError
+
+    singular = {kind.rstrip("s"): kind for kind in KINDS} | {"curriculum": "curricula", "loss": "losses"}
+    if word in KINDS:
+        return word
+    if word in singular:
+        return singular[word]
+    raise UsageError("list: no such kind", got=word, allowed=KINDS)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
