@@ -98,8 +98,9 @@ def default_out(cfg: DistillConfig) -> Path:
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, sample standard deviation and n over the seeds of every figure; the single results stand below `runs`."""
     figures = [k for k, v in results[0].items() if isinstance(v, float) and all(k in r for r in results)]
+    figures.remove("lr")
     first = results[0]
-    summary: dict[str, Any] = {k: first[k] for k in ("kind", "student", "bank", "loss", "protocol") if k in first}
+    summary: dict[str, Any] = {k: first[k] for k in ("kind", "student", "teacher", "bank", "loss_name", "protocol") if k in first}
     summary["n"] = len(results)
     for key in figures:
         values = [float(r[key]) for r in results]
@@ -272,19 +273,21 @@ class _Job:
     def facts(self, arch: str, control: bool) -> dict[str, Any]:
         """What a result is about."""
         cfg, task = self.cfg, self.task
-        trained_on = "bank"
-        if control:
-            real = task.control_data
-            trained_on = f"{len(real)} random real images" if real else "noise N(0.5, 0.25), new in every step"
+        trained_on, images = "bank", len(task.train)
+        if control and task.control_data is not None:
+            images = len(task.control_data)
+            trained_on = f"{images} random real images of {cfg.control}"
+        elif control:
+            trained_on, images = "noise N(0.5, 0.25), new in every step", 0
         return {
             "kind": "control" if control else "distill",
             "student": arch,
             "teacher": task.teacher_facts.get("spec"),
             "bank": str(task.bank.path),
             "trained_on": trained_on,
-            "loss": cfg.loss_name,
+            "loss_name": cfg.loss_name,
             "protocol": task.protocol,
-            "images": len(task.train),
+            "images": images,
             "holdout_images": len(task.held),
             "eval_data": cfg.eval_data,
         }

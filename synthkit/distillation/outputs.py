@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FREE = {"out", "resume", "runtime"}  # may differ between a run and its resumption
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that prints (rank 0 of torchrun, or the only one)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def note(runtime: Runtime, text: str) -> None:

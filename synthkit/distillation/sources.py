@@ -16,7 +16,7 @@ import torch
 
 from synthkit.data.augment import augment
 from synthkit.distillation.contract import Batch
-from synthkit.errors import ConfigError, DataError, RequirementError
+from synthkit.errors import BankError, ConfigError, DataError, RequirementError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +211,12 @@ def bank_store(bank: Bank, device: torch.device, *, logits: bool) -> Store:
 
 
 class GeneratorPool:
-    """The bank's generator snapshots of the last half of its making; one, chosen uniformly, paints each batch."""
+    """The bank's generator snapshots of the last half of its making; one, chosen uniformly, paints each batch.
+
+    Raises:
+        RequirementError: the bank holds none. BankError: a snapshot is damaged or does not say what it is.
+        ModelError, WeightsError: its generator is unknown, or the weights do not fit it.
+    """
 
     def __init__(self, bank: Bank, device: torch.device):
         from synthkit.models.generators import build_generator
@@ -223,13 +228,15 @@ class GeneratorPool:
                 f"fresh: bank {bank.path} holds no generator snapshots",
                 hint="leave --fresh out, or make the bank with a generator method of synthkit (e.g. cudfkd)",
             )
+        late = [r for r in records if int(r.path.stem) >= bank.spec.shards // 2]
         self.networks = []
-        for record in records[len(records) // 2 :]:
-            keys = ("latent_dim", "image_size", "channels", "depth", "width")
-            arguments = {key: record.meta[key] for key in keys if key in record.meta}
-            network = build_generator(record.meta["name"], **arguments, mean=bank.mean, std=bank.std, seed=0)
+        for record in late or records:
+            spec = record.meta.get("generator", {})
+            if "name" not in spec or "latent_dim" not in spec:
+                raise BankError(f"{record.path}: the snapshot does not say which generator it is", got=record.meta)
+            network = build_generator(**{**spec, "mean": bank.mean, "std": bank.std, "seed": 0})
             state = {key: torch.from_numpy(np.array(value)) for key, value in record.load().items()}
-            fit_state_dict(network, state, str(record.path))
+            fit_state_dict(network, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, str(record.path))
             self.networks.append(network.to(device).eval().requires_grad_(False))
         self.device = device
 

@@ -85,6 +85,7 @@ class StateStore:
             state.setdefault(int(index), {})[name] = value
         groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in record["groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        _match_layout(optimizer)
         return record
 
     def clear(self) -> None:
@@ -97,3 +98,11 @@ class StateStore:
     def _remove(self, step: int) -> None:
         (self.path / f"{step:08d}.json").unlink(missing_ok=True)  # first: without it the state does not exist
         (self.path / f"{step:08d}.safetensors").unlink(missing_ok=True)
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Lay the optimiser's buffers out as their parameters: fused kernels walk both in memory order."""
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -145,7 +145,7 @@ class Trainer:
             class_names=self.view.class_names,
             name=self.view.name,
         )
-        return view.to(self.runtime.device)  # type: ignore[return-value]  # `to` returns self
+        return view.to(self.runtime.device, channels_last=self.runtime.channels_last)  # type: ignore[return-value]  # `to` returns self
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
