@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from synthkit.cli.arguments import print_json
+from synthkit.config.parse import parse_command_line
 
 if TYPE_CHECKING:
     from synthkit.distillation.distill import RunResult
@@ -12,10 +14,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Run `synthkit distill ARGV...`; returns the exit code. Errors are raised as `SynthkitError`."""
-    from synthkit.config.parse import parse_command_line
-
-    as_json = "--json" in argv
-    parsed = parse_command_line("distill", [word for word in argv if word != "--json"])
+    parsed = parse_command_line("distill", argv)
     if parsed.text is not None:
         print(parsed.text)
         return 0
@@ -25,9 +24,9 @@ def main(argv: Sequence[str]) -> int:
     result = distill(parsed.config)
     if not is_first_process():
         return 0
-    if as_json:
+    if parsed.json:
         facts = {"path": str(result.path), "students": [str(s) for s in result.students], **result.metrics}
-        print(json.dumps(facts, indent=1))
+        print_json(facts)
     else:
         print("\n".join(summary_lines(result)))
     return 0
@@ -57,8 +56,8 @@ def summary_lines(result: RunResult) -> list[str]:
         lines.append(f"  agreement    {figure(found['eval_agreement'])} with the teacher on that data")
     if "holdout_agreement" in found:
         lines.append(
-            f"  held out     {figure(found['holdout_agreement'])} agreement, KL {figure(found['holdout_kl'], False)} on "
-            f"{single['holdout_images']:,} bank images (with the teacher; no real label is involved)"
+            f"  held out     {figure(found['holdout_agreement'])} agreement with the teacher, KL "
+            f"{figure(found['holdout_kl'], False)} on {single['holdout_images']:,} bank images (no real labels)"
         )
     control = result.control
     if control is not None:

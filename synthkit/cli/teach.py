@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+
+from synthkit.cli.arguments import print_json
+from synthkit.config.parse import parse_command_line
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `synthkit teach ARGV...`; returns the exit code. Errors are raised as `SynthkitError`."""
-    from synthkit.config.parse import parse_command_line
-
-    as_json = "--json" in argv
-    parsed = parse_command_line("teach", [word for word in argv if word != "--json"])
+    parsed = parse_command_line("teach", argv)
     if parsed.text is not None:
         print(parsed.text)
         return 0
-    from synthkit.distillation.teach import teach
     from synthkit.distillation.outputs import is_first_process
+    from synthkit.distillation.teach import teach
 
     result = teach(parsed.config)
     if not is_first_process():
         return 0
-    if as_json:
-        print(json.dumps({"path": str(result.path), "card": str(result.card), **result.metrics}, indent=1))
+    if parsed.json:
+        print_json({"path": str(result.path), "card": str(result.card), **result.metrics})
         return 0
     found = result.metrics
     if "top1" in found:

@@ -100,7 +100,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     figures = [k for k, v in results[0].items() if isinstance(v, float) and all(k in r for r in results)]
     figures.remove("lr")
     first = results[0]
-    summary: dict[str, Any] = {k: first[k] for k in ("kind", "student", "teacher", "bank", "loss_name", "protocol") if k in first}
+    same = ("kind", "student", "teacher", "bank", "loss_name", "protocol")
+    summary: dict[str, Any] = {k: first[k] for k in same if k in first}
     summary["n"] = len(results)
     for key in figures:
         values = [float(r[key]) for r in results]
@@ -244,6 +245,7 @@ class _Job:
             plan = replace(plan, epochs=None, steps=plan.total_steps(len(task.train) // plan.batch_size))
         facts = {"protocol": task.protocol, "plan": plan.to_dict(), "changed": task.changed, "notes": task.notes}
         run = start_run(path, own, self.runtime, command="distill", seed=seed, world=self.runtime.world, **facts)
+        name = f"control {cfg.control.split(':')[0]}" if control else f"distill {loaded.card.arch} seed {seed}"
         trainer = Trainer(
             runtime=self.runtime,
             view=view,
@@ -252,7 +254,7 @@ class _Job:
             plan=plan,
             run_dir=run,
             seed=seed,
-            description=f"control {cfg.control.split(':')[0]}" if control else f"distill {loaded.card.arch} seed {seed}",
+            description=name,
             on_epoch=lambda epoch, frozen: self.evaluate(frozen, final=epoch == trainer.epochs),
             eval_every=cfg.eval_every,
         )

@@ -74,7 +74,9 @@ def check_out(path: Path, cfg: Any, *, resume: bool) -> dict[str, Any] | None:
         )
     found = RunDir(path).read_json("run.json")
     if found is None or "identity" not in found:
-        raise OutputExistsError("out: holds files but no run.json to resume", got=str(path), hint="choose another --out")
+        raise OutputExistsError(
+            "out: holds files but no run.json to resume", got=str(path), hint="choose another --out"
+        )
     now = json.loads(json.dumps(identity(cfg), default=str))
     before = found["identity"]
     changed = sorted(k for k in now.keys() | before.keys() if now.get(k) != before.get(k))

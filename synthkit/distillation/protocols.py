@@ -126,7 +126,7 @@ PROTOCOLS: dict[str, Protocol] = {
         plan=Plan(batch_size=128, epochs=20, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=0.02),
     ),
     "cifar-kd": Protocol(
-        description="RepDistiller CIFAR: SGD .05 (.01 mobile/shuffle), wd 5e-4, batch 64, 240 epochs, /10 at 150/180/210",
+        description="RepDistiller: SGD .05 (.01 mobile/shuffle), wd 5e-4, batch 64, 240 epochs, /10 at 150/180/210",
         plan=Plan(batch_size=64, epochs=240, lr=0.05, schedule="step", per_epoch=True, augment="crop_flip"),
         light_lr=0.01,
     ),
@@ -146,9 +146,7 @@ def protocol_for(name: str, shape: tuple[int, int, int]) -> str:
     if name == "auto":
         return "mnist" if shape[0] == 1 else "bank-fast"
     if name not in PROTOCOLS:
-        raise ConfigError(
-            "protocol: not known", got=name, allowed=["auto", *PROTOCOLS], hint="synthkit list protocols"
-        )
+        raise ConfigError("protocol: not known", got=name, allowed=["auto", *PROTOCOLS], hint="synthkit list protocols")
     return name
 
 

@@ -236,7 +236,9 @@ class GeneratorPool:
                 raise BankError(f"{record.path}: the snapshot does not say which generator it is", got=record.meta)
             network = build_generator(**{**spec, "mean": bank.mean, "std": bank.std, "seed": 0})
             state = {key: torch.from_numpy(np.array(value)) for key, value in record.load().items()}
-            fit_state_dict(network, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, str(record.path))
+            fit_state_dict(
+                network, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, str(record.path)
+            )
             self.networks.append(network.to(device).eval().requires_grad_(False))
         self.device = device
 

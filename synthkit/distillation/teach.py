@@ -176,7 +176,8 @@ def teach(cfg: TeachConfig) -> TeachResult:
     )
     if runtime.is_main:
         save_network(run, trainer.network, card, "model.safetensors")
-        run.write_json("result.json", {"kind": "teach", "arch": arch, "eval_images": len(test) if test else 0, **metrics})
+        facts = {"kind": "teach", "arch": arch, "data": cfg.data, "eval_images": len(test) if test else 0}
+        run.write_json("result.json", {**facts, **metrics})
         finish_run(run, seconds=metrics["seconds"], wall_seconds=time.monotonic() - began)
         trainer.state.clear()
     runtime.accelerator.wait_for_everyone()

@@ -194,7 +194,7 @@ class Trainer:
         rate = self.plan.lr_at(self.step, self.total, self.source.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # dropout and the like draw from torch's own generator: forked in `fit`, seeded per step so that resuming is exact
+        # dropout and the like draw from torch's own generator: forked in `fit`, seeded per step, so resuming is exact
         torch.manual_seed(stream_seed(self.seed, "dropout", self.step, self.runtime.rank))
         batch = self.source.batch(self.step)
         if self.runtime.channels_last:
@@ -247,8 +247,8 @@ class Trainer:
         self._check()
         epoch = -(-self.step // self.source.steps_per_epoch)
         record: dict[str, Any] = {"epoch": epoch, "step": self.step, **self._means(), "lr": rate}
-        final = self.step == self.total
-        if self.on_epoch is not None and self.runtime.is_main and (final or (self.eval_every and epoch % self.eval_every == 0)):
+        due = self.step == self.total or (self.eval_every > 0 and epoch % self.eval_every == 0)
+        if self.on_epoch is not None and self.runtime.is_main and due:
             record |= self.on_epoch(epoch, self.frozen())
             self.view.module.train()
         record["seconds"] = self.seconds

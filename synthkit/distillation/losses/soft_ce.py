@@ -53,7 +53,5 @@ class SoftCE:
         self.config = config or self.Config()
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
-        value = soft_ce_loss(
-            student.logits, teacher.logits, temperature=self.config.temperature, reduction="none"
-        )
+        value = soft_ce_loss(student.logits, teacher.logits, temperature=self.config.temperature, reduction="none")
         return {"soft_ce": value}
