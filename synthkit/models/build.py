@@ -120,9 +120,7 @@ def _from_card(
     spec: str, card: ModelCard, file: Path | None, asked: Asked, weights: str, seed: int | None
 ) -> LoadedModel:
     arch = names.resolve_name(card.arch)
-    for what, want, has in (("classes", asked[0], card.num_classes), ("channels", asked[1], card.input_size[0])):
-        if want is not None and want != has:
-            raise ModelError(f"{spec}: the card says {has} {what}, the task has {want}")
+    _agree(f"{spec}: the card says", asked, card)
     shape = {"num_classes": card.num_classes, "in_channels": card.input_size[0], "image_size": card.input_size[2]}
     if file is None:
         if weights == "required":
@@ -149,24 +147,23 @@ def _from_card(
 
 def _pretrained(spec: str, arch: str, asked: Asked) -> LoadedModel:
     module, card = external.pretrained(arch)
+    _agree(f"{spec}: the library's weights have", asked, card, hint=f"give a file: {arch}@FILE")
+    return LoadedModel(module=module.eval(), card=card, spec=spec, path=None, sha256=None)
+
+
+def _agree(who: str, asked: Asked, card: ModelCard, *, hint: str | None = None) -> None:
     for what, want, has in (("classes", asked[0], card.num_classes), ("channels", asked[1], card.input_size[0])):
         if want is not None and want != has:
-            raise ModelError(
-                f"{spec}: the library's weights have {has} {what}, the task has {want}",
-                hint=f"give a file: {arch}@FILE",
-            )
-    return LoadedModel(module=module.eval(), card=card, spec=spec, path=None, sha256=None)
+            raise ModelError(f"{who} {has} {what}, the task has {want}", hint=hint)
 
 
 def _assemble(
     arch: str, asked: Asked, state: State | None, source: str, seed: int | None
 ) -> tuple[ModelCard, nn.Module]:
     """Network and card for an architecture without a card; sizes from `asked`, else the file, else the default."""
-    default_channels, default_side = names.default_input(arch, asked[1])
-    classes, channels = asked[0], asked[1]
-    side = asked[2] or external.default_size(arch) or default_side
+    classes, channels, side = asked
     if state is not None:
-        found_classes, found_channels = infer_sizes(arch, state, channels or default_channels, side)
+        found_classes, found_channels = infer_sizes(arch, state, channels, side)
         if classes is not None and found_classes not in (None, classes):
             raise WeightsError(
                 f"weights {source}: the file's classifier has {found_classes} classes, "
@@ -178,17 +175,15 @@ def _assemble(
                 f"the architecture was asked for {channels}"
             )
         classes, channels = classes or found_classes, channels or found_channels
-    shape = {
-        "num_classes": classes or names.default_classes(arch),
-        "in_channels": channels or default_channels,
-        "image_size": side,
-    }
+    default_channels, default_side = names.default_input(arch, channels)
+    channels, side = channels or default_channels, side or external.default_size(arch) or default_side
+    shape = {"num_classes": classes or names.default_classes(arch), "in_channels": channels, "image_size": side}
     module = build_model(arch, **shape, seed=seed) if state is None else _fitted(arch, state, source, **shape)
-    mean, std, assumed = normalisation.guess(arch, shape["in_channels"], side, shape["num_classes"], module)
+    mean, std, assumed = normalisation.guess(arch, channels, side, shape["num_classes"], module)
     card = ModelCard(
         arch=arch,
         num_classes=shape["num_classes"],
-        input_size=(shape["in_channels"], side, side),
+        input_size=(channels, side, side),
         mean=mean,
         std=std,
         extra={"assumed": assumed},
@@ -196,11 +191,17 @@ def _assemble(
     return card, module
 
 
-def infer_sizes(arch: str, state: State, in_channels: int, image_size: int) -> tuple[int | None, int | None]:
+def infer_sizes(
+    arch: str, state: State, in_channels: int | None, image_size: int | None
+) -> tuple[int | None, int | None]:
     """(classes, channels) that a state dict was made for, read off the last linear and the first convolution."""
+    channels, side = names.default_input(arch, in_channels)
     with torch.device("meta"):
         template = build_model(
-            arch, num_classes=names.default_classes(arch), in_channels=in_channels, image_size=image_size
+            arch,
+            num_classes=names.default_classes(arch),
+            in_channels=in_channels or channels,
+            image_size=image_size or side,
         )
     state = align_keys(template, state)
     convs = [n for n, m in template.named_modules() if isinstance(m, nn.Conv2d)]
@@ -234,11 +235,11 @@ def architectures_that_fit(state: State, **shape: int) -> list[str]:
     """Names of the own architectures whose every tensor `state` fills (tried without allocating memory)."""
     fits = []
     for name in names.ARCHITECTURES:
-        channels, side = names.default_input(name)
-        if name.startswith("lenet") and (shape["image_size"], shape["in_channels"]) != (side, channels):
+        try:
+            with torch.device("meta"):
+                template = build_model(name, **shape)
+        except ModelError:  # this one cannot take such images, so it is no candidate
             continue
-        with torch.device("meta"):
-            template = build_model(name, **shape)
         if not any(mismatches(template, align_keys(template, state)).values()):
             fits.append(name)
     return fits

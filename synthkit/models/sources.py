@@ -70,8 +70,8 @@ def _is_name(spec: str) -> bool:
 
 
 def _named_file(spec: str, name: str, file: str) -> Source:
-    if not file:
-        raise ModelError("model: the file is missing after @", got=spec)
+    if not file or not name:
+        raise ModelError("model: NAME@FILE needs both an architecture and a file", got=spec)
     return Source(names.resolve_name(name), file=Path(file).expanduser())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -39,6 +40,8 @@ _NESTING = (
 _WRAPPERS = ("module.", "_orig_mod.")
 # Segments that different public code bases give to the same part.
 _SYNONYMS = {"downsample": "shortcut", "fc": "linear", "classifier": "linear"}
+_LFS = b"version https://git-lfs"
+_TORCH_MAGIC = (b"PK\x03\x04", b"\x80")  # zip archive, or the pickle of torch before 1.6
 _SHOWN = 8  # keys listed per kind of mismatch
 
 
@@ -89,10 +92,12 @@ def _refuse_obvious(path: Path) -> None:
         head = f.read(64)
     if not head:
         raise WeightsError(f"weights {path}: the file is empty", hint="fetch it again")
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(_LFS):
         raise WeightsError(f"weights {path}: a Git LFS pointer, not the weights", hint="run `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise WeightsError(f"weights {path}: a web page, not weights", hint="download the raw file")
+    if path.suffix.lower() in TORCH_SUFFIXES and not head.startswith(_TORCH_MAGIC):
+        raise WeightsError(f"weights {path}: damaged or not a torch file", hint="fetch the file again")
 
 
 def _read_torch(path: Path) -> Any:
@@ -100,14 +105,11 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        # torch words these two ways: a class outside its allow-list, or a pickle instruction outside it.
-        if re.search(r"Unsupported (global|class|operand)|GLOBAL|TypeError|not an allowed", text):
-            found = re.search(r"GLOBAL ([\w.]+)", text)
-            what = f" (it holds a {found[1]})" if found else ""
+        if found := re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"Unsupported class ([\w.]+)", text):
             raise WeightsError(
-                f"weights {path}: holds pickled Python objects, not only tensors{what}; "
+                f"weights {path}: holds pickled Python objects, not only tensors ({found[1]}); "
                 "loading it could run any code, so synthkit does not",
-                hint=f"if you trust the file, convert it once:\n  {conversion_command(path)}",
+                hint=f"if you trust the file, convert it once and use the new one:\n  {conversion_command(path)}",
             ) from None
         raise WeightsError(
             f"weights {path}: damaged or not a torch file ({_first_line(text)})", hint="fetch the file again"
@@ -123,9 +125,9 @@ def conversion_command(path: Path) -> str:
     """Shell line that turns a pickled model or checkpoint into a plain weights file beside it."""
     target = path.with_name(path.stem + "-weights.pt")
     code = (
-        f"import torch; o = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-        "o = next((o[k] for k in ('state_dict', 'model', 'net') if k in o), o) if isinstance(o, dict) else o; "
-        f"torch.save(o.state_dict() if hasattr(o, 'state_dict') else o, {str(target)!r})"
+        f'import torch; o = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
+        'o = next((o[k] for k in ("state_dict", "model", "net") if k in o), o) if isinstance(o, dict) else o; '
+        f'torch.save(o.state_dict() if hasattr(o, "state_dict") else o, {json.dumps(str(target))})'
     )
     return f"python -c {shlex.quote(code)}"
 
@@ -168,7 +170,8 @@ def save_weights(module: nn.Module, path: str | Path) -> str:
         save_file(state, temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise StorageError(f"cannot write the weights {path}: {error}") from None
     return file_sha256(path)
 
@@ -177,8 +180,8 @@ def align_keys(module: nn.Module, state: State) -> State:
     """`state` under the names of `module`: wrapper prefixes taken off, synonyms (fc/linear, ...) translated."""
     wanted = module.state_dict().keys()
     state = {_unwrap(k): v for k, v in state.items()}
-    heads = {k.partition(".")[0] for k in state}
-    if len(heads) == 1 and not wanted & state.keys():  # the network as one attribute of a larger module
+    # The network may have been one attribute of a larger module: model.conv1.weight, net.backbone.conv1.weight.
+    while len({k.partition(".")[0] for k in state}) == 1 and all("." in k for k in state) and not wanted & state.keys():
         state = {k.partition(".")[2]: v for k, v in state.items()}
     if wanted <= state.keys():
         return state
@@ -233,7 +236,7 @@ def fit_state_dict(module: nn.Module, state: State, source: str, *, hint: str | 
             lines += [f"  {kind:<10} {k}" for k in keys[:_SHOWN]]
             if len(keys) > _SHOWN:
                 lines.append(f"  {kind:<10} ... and {len(keys) - _SHOWN} more")
-        raise WeightsError("\n".join(lines), hint=f"\n  {hint}" if hint else None)
+        raise WeightsError("\n".join([*lines, f"  {hint}"] if hint else lines))
     bad = Counter(k for k, v in state.items() if v.is_floating_point() and not bool(torch.isfinite(v).all()))
     if bad:
         raise WeightsError(f"weights {source}: NaN or infinity in {', '.join(list(bad)[:_SHOWN])}")
