@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from synthkit.config.schema import EvaluateConfig
 from synthkit.errors import BankError, DataError, ModelError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from synthkit.bank import Bank
     from synthkit.models.build import LoadedModel
     from synthkit.models.view import TeacherView
     from synthkit.runtime import Runtime
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `synthkit evaluate ARGV...`; returns the exit code. Errors are raised as `SynthkitError`."""
+    from synthkit.config.parse import parse_command_line
+
+    as_json = "--json" in argv
+    parsed = parse_command_line("evaluate", [word for word in argv if word != "--json"])
+    if parsed.text is not None:
+        print(parsed.text)
+        return 0
+    result = run(parsed.config, quiet=as_json)
+    if as_json and result["rank"] == 0:
+        print(json.dumps(result, indent=1))
+    return 0
 
 
 def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -24,7 +41,7 @@ def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         The record that `--json` prints and `--out` adds to its file: `model`, `data`, `teacher`, `metrics`
-        (see `evaluate_classifier`, `evaluate_fidelity`), `warnings`, `seconds`, `versions`, `hardware`.
+        (see `evaluate_classifier`, `evaluate_fidelity`), `warnings`, `seconds`, `versions`, `hardware`, `rank`.
 
     Raises:
         UsageError: model, data, teacher or output do not fit; nothing was written.
@@ -42,6 +59,7 @@ def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
     job = _Job(cfg, runtime)
     result = job.measure()
     result |= {"seconds": round(time.monotonic() - began, 3), "versions": versions(), "hardware": hardware()}
+    result["rank"] = runtime.rank
     if runtime.is_main:
         if not quiet:
             print(report.render(result))
@@ -182,6 +200,8 @@ class _Job:
 
     def _rows(self, bank: Bank) -> np.ndarray:
         """The rows to measure on: of the bank that the student was trained from, the held-out part."""
+        import numpy as np
+
         rows = np.arange(len(bank))
         trained_on = self.loaded.card.extra.get("bank")
         uuid = bank.record.get("uuid")

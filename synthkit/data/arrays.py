@@ -12,7 +12,7 @@ import torch
 from synthkit.data.decode import decode_images
 from synthkit.data.parquet import _labels
 from synthkit.data.real import RealData, free_memory, require_memory
-from synthkit.data.splits import Split, choose, missing_root, split_of
+from synthkit.data.splits import Split, choose, missing_root, split_of_folder
 from synthkit.errors import DataError, RequirementError
 
 _IMAGE_KEYS = ("images", "x", "data")
@@ -132,7 +132,7 @@ def load_hub(spec: str, split: Split, size: tuple[int, int, int] | None, name: s
     # the library raises its own and requests' errors, all below these
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"hf: {repo} cannot be loaded ({error})", hint="check the name and the network") from error
-    parts = {split_of(key) or key: found[key] for key in found}
+    parts = {split_of_folder(key) or key: found[key] for key in found}
     chosen, taken = choose(parts, split, name)
     features: dict[str, Any] = chosen[0].features
     image = next((key for key, kind in features.items() if type(kind).__name__ == "Image"), None)

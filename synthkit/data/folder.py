@@ -10,7 +10,7 @@ import torch
 from synthkit.data.classes import standard_index
 from synthkit.data.decode import decode_images
 from synthkit.data.real import RealData
-from synthkit.data.splits import Split, choose, refuse_other_split, split_of
+from synthkit.data.splits import Split, choose, refuse_other_split, split_of_folder
 from synthkit.errors import DataError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -28,9 +28,9 @@ def split_folders(root: Path) -> dict[str, Path]:
     """The folders train, test, val directly below `root`, by what they are; empty when there are none."""
     found: dict[str, Path] = {}
     for folder in _visible_dirs(root):
-        kind = split_of(folder.name)
-        # a class may be called "train" (CIFAR-100 has none, COCO has): a split folder holds folders
-        if kind and folder.name.isalpha() and _visible_dirs(folder):
+        kind = split_of_folder(folder.name)
+        # a class may be called "train" (CIFAR-100 has one): a split folder holds folders
+        if kind and _visible_dirs(folder):
             found.setdefault(kind, folder)
     return found
 
@@ -57,7 +57,7 @@ def load_folder(
     if parts:
         chosen, taken = choose(parts, split, name)
     else:
-        chosen, taken = [root], split_of(root.name) or "all"
+        chosen, taken = [root], split_of_folder(root.name) or "all"
         refuse_other_split(name, root, taken, split)
         if split != "all" and taken == "all":
             notes.append(f"{root} is not divided into train and test; all of it is used as {split!r}")

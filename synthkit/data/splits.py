@@ -36,14 +36,15 @@ def check_split(split: str) -> Split:
     raise DataError("split: not known", got=split, allowed=SPLITS)
 
 
-def split_of(name: str) -> str | None:
-    """train, test or val when the first word of a file or folder name says so (`train-00000-of-00001`), else none."""
-    return _WORDS.get(re.split(r"[^a-z]", name.lower(), maxsplit=1)[0])
+def split_of_folder(name: str) -> str | None:
+    """train, test or val when a folder is called so, else none (`test_data` is no split folder)."""
+    return _WORDS.get(name.lower())
 
 
 def split_of_path(path: Path) -> str | None:
-    """The split in the file's own name, else in its folder's."""
-    return split_of(path.stem) or split_of(path.parent.name)
+    """The split by the first word of a file's name (`train-00000-of-00001.parquet`), else by its folder's name."""
+    first_word = re.split(r"[^a-z]", path.stem.lower(), maxsplit=1)[0]
+    return _WORDS.get(first_word) or split_of_folder(path.parent.name)
 
 
 def choose(parts: dict[str, _T], split: Split, what: str) -> tuple[list[_T], str]:
