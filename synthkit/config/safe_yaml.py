@@ -128,6 +128,8 @@ def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
 
 
 _Dumper.add_representer(float, _float)
+# Text that only our loader takes for a number (`1e-3`) must be quoted too.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def dumps(value: dict[str, Any]) -> str:
