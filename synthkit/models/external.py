@@ -102,7 +102,7 @@ def _torchvision_pretrained(name: str, own: str) -> tuple[nn.Module, ModelCard]:
     module = models.get_model(own, weights=None)
     try:
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network; or the download's hash is wrong
         raise WeightsError(
             f"{name}: cannot download the weights ({error})", hint=f"fetch {weights.url} and write {name}@FILE"
         ) from None

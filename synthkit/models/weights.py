@@ -88,8 +88,11 @@ def _refuse_obvious(path: Path) -> None:
         raise WeightsError(
             f"weights {path}: unknown file type", got=path.suffix, hint=f"understood: {', '.join(SUFFIXES)}"
         )
-    with path.open("rb") as f:
-        head = f.read(64)
+    try:
+        with path.open("rb") as f:
+            head = f.read(64)
+    except OSError as error:
+        raise WeightsError(f"weights {path}: cannot be read ({error.strerror})") from None
     if not head:
         raise WeightsError(f"weights {path}: the file is empty", hint="fetch it again")
     if head.startswith(_LFS):
