@@ -138,7 +138,8 @@ def test_errors():
         augment(batch()[0], "crop", seeded())
 
 
-def test_crop_flip_is_fast():
+@pytest.mark.slow
+def test_crop_flip_is_fast():  # wants an idle machine, hence slow
     images, generator = batch(512), seeded()
     seconds = []
     for _ in range(10):
