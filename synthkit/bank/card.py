@@ -32,6 +32,13 @@ def origin_line(spec: BankSpec) -> str:
     return "Made without any real data."
 
 
+def method_of(spec: BankSpec) -> str:
+    """Name of the method that made the images; the recipe holds it plainly or as the name of the method's section."""
+    method = spec.recipe.get("method")
+    name = method.get("name") if isinstance(method, dict) else method
+    return name if isinstance(name, str) else "not recorded"
+
+
 def render(spec: BankSpec, record: dict[str, Any], sidecars: list[Sidecar], root: str) -> str:
     """The Markdown text of the card."""
     columns = sorted(set.intersection(*(set(s.datasets) for s in sidecars))) if sidecars else []
@@ -42,7 +49,7 @@ def render(spec: BankSpec, record: dict[str, Any], sidecars: list[Sidecar], root
         "classes": spec.num_classes,
         "labels": _LABELS[spec.label_kind],
         "columns": ", ".join(columns),
-        "method": spec.recipe.get("method", "not recorded"),
+        "method": method_of(spec),
         "teacher": teacher.get("name") or teacher.get("arch") or "none",
         "teacher sha256": teacher.get("sha256") or "not recorded",
         "teacher accuracy": teacher.get("accuracy") or "not recorded",

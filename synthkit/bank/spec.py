@@ -19,7 +19,7 @@ from synthkit.errors import BankError, ConfigError
 SCHEMA = 1
 SHARD_BYTES = 64 << 20
 LABEL_KINDS = ("argmax", "target", "real", "none")
-MAX_SIDE, MAX_CLASSES, MAX_IMAGES = 1 << 14, 1 << 20, 1 << 40
+MAX_SIDE, MAX_CLASSES, MAX_IMAGES, MAX_SHARDS = 1 << 14, 1 << 20, 1 << 40, 1_000_000
 
 LabelKind = Literal["argmax", "target", "real", "none"]
 
@@ -67,6 +67,8 @@ class BankSpec:
         put(self, "std", [float(v) for v in self.std])
         if self.images_per_shard is None:
             put(self, "images_per_shard", plan_images_per_shard(self.images, self.image_bytes))
+        if self.shards > MAX_SHARDS:
+            raise ConfigError(f"bank: more than {MAX_SHARDS} shards", got=self.shards, hint="raise images_per_shard")
         for name in ("recipe", "teacher", "parents", "extra", "class_names"):
             put(self, name, plain(getattr(self, name), name))
 
@@ -134,7 +136,7 @@ def _check_spec(spec: BankSpec) -> None:
     need(isinstance(sides, (tuple, list)) and len(sides) == 3 and all(is_int(v, 1, MAX_SIDE) for v in sides),
          f"shape must be (channels, height, width), each 1 to {MAX_SIDE}", sides)  # fmt: skip
     need(is_int(spec.num_classes, 1, MAX_CLASSES), f"num_classes must be 1 to {MAX_CLASSES}", spec.num_classes)
-    need(is_int(spec.images, 1, MAX_IMAGES), "images must be at least 1", spec.images)
+    need(is_int(spec.images, 1, MAX_IMAGES), f"images must be 1 to {MAX_IMAGES}", spec.images)
     need(spec.images_per_shard is None or is_int(spec.images_per_shard, 1, MAX_IMAGES),
          "images_per_shard must be at least 1", spec.images_per_shard)  # fmt: skip
     need(is_int(spec.seed, 0, 2**64 - 1), "seed must be 0 to 2**64 - 1", spec.seed)

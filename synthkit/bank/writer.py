@@ -15,7 +15,7 @@ import numpy as np
 from synthkit.bank import seal, state
 from synthkit.bank.errors import BankMismatchError
 from synthkit.bank.lock import exclusive
-from synthkit.bank.shard import committed_shards, conform, encode, shard_file, summary
+from synthkit.bank.shard import committed_shards, conform, encode, read_sidecar, shard_file, summary
 from synthkit.bank.spec import SCHEMA, BankSpec, differences, read_record, record_of
 from synthkit.bank.storage import (
     clean_stale_temps,
@@ -115,19 +115,23 @@ class BankWriter:
             meta: anything worth recording (JSON data); it does not change the bytes of the shard.
 
         Raises:
-            BankError: the shard exists already.
+            BankError: the shard exists already with other content (equal content is left as it is).
             UsageError: a column is unknown, missing or malformed. NonFiniteError: a value is not finite.
             StorageError: disk full or the like; the shard does not exist then and no part of it is left.
         """
         columns = conform(arrays, self.spec, self.spec.shard_size(index))
         shard, sidecar = self.shard_path(index), self.sidecar_path(index)
-        if sidecar.exists():
-            raise BankError(f"{shard}: shard {index} is committed already; shards are immutable")
         data, layout = encode(columns)
-        now = time.monotonic()
+        digest, now = hashlib.sha256(data).hexdigest(), time.monotonic()
+        if sidecar.exists():
+            # A run that re-makes one lost shard may have to make its neighbours again: equal bytes are no change.
+            present = read_sidecar(sidecar, index, self.spec)
+            if present.sha256 != digest:
+                raise BankError(f"{shard}: is committed already with other content; shards are immutable")
+            return present.raw
         record = {
             "schema": SCHEMA, "shard": index, "n": len(columns["images"]), "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(), "datasets": layout, **summary(columns, self.spec.num_classes),
+            "sha256": digest, "datasets": layout, **summary(columns, self.spec.num_classes),
             "seconds": round(now - self._clock, 3), "host": host(), "created": round(time.time(), 3),
             "meta": plain(dict(meta or {}), "meta"),
         }  # fmt: skip

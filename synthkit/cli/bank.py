@@ -86,7 +86,9 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
-    teacher, recipe = facts["teacher"], facts["recipe"]
+    from synthkit.bank.card import method_of
+
+    teacher = facts["teacher"]
 
     def number(key: str, form: str, note: str = "") -> str:
         return "not stored" if facts[key] is None else format(facts[key], form) + note
@@ -105,7 +107,7 @@ def _info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
         "confidence": number("mean_confidence", ".2%", " (mean of the teacher's largest probability)"),
         "steps": "not stored" if not facts["step_range"] else "{} to {}".format(*facts["step_range"]),
         "generators": str(facts["generators"]),
-        "method": clean(recipe.get("method", "not recorded")),
+        "method": clean(method_of(bank.spec)),
         "teacher": clean(teacher.get("name") or teacher.get("arch") or "none"),
         "seed": str(facts["seed"]),
         "made": f"{clean(facts['created'])}, in {number('seconds', ',.1f')} s",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from synthkit.bank.card import method_of
 from synthkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -213,8 +214,7 @@ def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
     if labelled:
         parts.append(f"{bank.num_classes} classes" + (f", {rows} shown" if rows < bank.num_classes else ""))
     teacher = bank.spec.teacher.get("name") or bank.spec.teacher.get("arch")
-    method = bank.spec.recipe.get("method")
-    parts += [f"method {method}"] if isinstance(method, str) else []
+    parts.append(f"method {method_of(bank.spec)}")
     parts += [f"teacher {teacher}"] if teacher else []
     parts += ["contains real images"] if bank.spec.contains_real else []
     parts += [] if bank.complete else [f"unfinished ({len(bank):,} of {bank.spec.images:,})"]
