@@ -142,7 +142,7 @@ class _Job:
         metrics = evaluate_classifier(
             self.view, data, teacher=self._view(teacher) if teacher else None, runtime=self._autocast()
         )
-        if data.label_source == "real":
+        if data.label_source == "real" and not metrics["warnings"]:  # a permuted order would mislead the search
             warning = wrong_normalisation(self.view, data)
             metrics["warnings"] += [warning] if warning else []
         about = {"spec": spec, "name": data.name, "split": data.split, "labels": data.label_source}

@@ -33,8 +33,9 @@ def paired_sigmas(before: Tensor, after: Tensor) -> float:
 def permuted_classes(labels: Tensor, predictions: Tensor, class_names: Sequence[str]) -> str | None:
     """A warning when the outputs fit the labels much better in another order of classes, else none.
 
-    The order is found on every second image and judged on the others, so that chance cannot find one; the classes that
-    move must then be right in the majority of cases, so that mere confusion of similar classes is no permutation.
+    The order is found on a random half of the images and judged on the other, so that chance cannot find one; the
+    classes that move must then be right in the majority of cases, so that mere confusion of similar classes is no
+    permutation.
 
     Args:
         labels, predictions: (N,) int64 below K = len(class_names).
@@ -42,11 +43,13 @@ def permuted_classes(labels: Tensor, predictions: Tensor, class_names: Sequence[
     classes = len(class_names)
     if classes > MAX_CLASSES or len(labels) < 20:
         return None
-    confusion = torch.bincount(predictions[::2] * classes + labels[::2], minlength=classes * classes)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    seen, unseen = shuffled[::2], shuffled[1::2]
+    confusion = torch.bincount(predictions[seen] * classes + labels[seen], minlength=classes * classes)
     # a bonus for staying breaks ties: classes that were never predicted keep their place
     gain = confusion.view(classes, classes).double() + 1e-3 * torch.eye(classes, dtype=torch.float64)
     order = torch.from_numpy(best_assignment(gain.numpy()))
-    held_labels, held = labels[1::2], predictions[1::2]
+    held_labels, held = labels[unseen], predictions[unseen]
     before, after = held == held_labels, order[held] == held_labels
     accuracy, other = float(before.double().mean()), float(after.double().mean())
     moved = (order != torch.arange(classes)).nonzero().flatten().tolist()
@@ -68,10 +71,11 @@ def _cause(order: list[int], class_names: Sequence[str]) -> str:
     """Names the usual reason of a permutation when it is one of them."""
     plain = list(range(len(order)))
     by_name = sorted(plain, key=lambda i: class_names[i])
-    for wanted, reason in (
-        (by_name, "the alphabetical order of the names"),
+    reasons = (
         (sorted(plain, key=str), "the order of numbers sorted as text"),
-    ):
+        (by_name, "the alphabetical order of the names"),
+    )
+    for wanted, reason in reasons:
         if wanted != plain and order in (wanted, [wanted.index(i) for i in plain]):
             return f" (one side uses {reason})"
     return ""
@@ -80,7 +84,8 @@ def _cause(order: list[int], class_names: Sequence[str]) -> str:
 def wrong_normalisation(view: ModelView, data: RealData, *, sample: int = 500, seed: int = 0) -> str | None:
     """A warning when the network is much better with other normalisation constants, else none.
 
-    Tries every entry of `STATS` with the model's number of channels, on a random sample of the data.
+    Tries every entry of `STATS` with the model's number of channels, on a random sample of the data. Where the class
+    order is permuted the accuracies mean nothing; look at that first.
 
     Args:
         view: the classifier with the constants of its card; it is not changed.
