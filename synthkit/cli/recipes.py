@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from synthkit.cli.arguments import Arguments, print_json, table
 from synthkit.config import recipes
 from synthkit.config.parse import load_recipe
 from synthkit.errors import ConfigError, OutputExistsError, UsageError
+from synthkit.tables import CURRICULA
 
 ACTIONS = ("list", "show", "copy", "check")
 
@@ -76,7 +78,28 @@ def _check(names: list[str], as_json: bool) -> int:
 
 def _problem(name: str) -> str | None:
     try:
-        load_recipe(name)
-    except ConfigError as error:
+        check_names(load_recipe(name))
+    except UsageError as error:
         return str(error)
     return None
+
+
+def check_names(config: Any) -> None:
+    """Look up every name in a config that the parse leaves to the run: curriculum and architectures.
+
+    Raises:
+        UsageError: a name is in no table; the nearest one is offered.
+    """
+    from synthkit.models.names import resolve_name
+
+    curriculum = getattr(config, "curriculum", None)
+    if curriculum is not None and curriculum not in CURRICULA:
+        raise ConfigError("curriculum: not a known curriculum", got=curriculum, allowed=CURRICULA)
+    method = getattr(config, "method", None)
+    specs = [getattr(config, field, None) for field in ("teacher", "student", "arch")] + [
+        getattr(method, "student", None)
+    ]
+    for spec in specs:
+        name = (spec or "auto").partition("@")[0]
+        if name != "auto" and "/" not in name and not name.endswith((".yaml", ".yml", ".json")) and ":" not in name:
+            resolve_name(name)
