@@ -1,0 +1,25 @@
+"""`synthkit bench WHAT`: speed, memory and reliability of this machine's synthkit, as JSON."""
+
+from __future__ import annotations
+
+import importlib
+
+from synthkit.errors import UsageError
+
+BENCHES = {
+    "steps": "CPU seconds of CuDFKD's generator and KD step against the bare networks",
+    "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
+    "pipeline": "synthesize and distill a recipe over seeds, with the noise control; one result JSON",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Dispatch to `synthkit.bench.WHAT`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: synthkit bench WHAT [options]   (synthkit bench WHAT --help)\n")
+        for name, text in BENCHES.items():
+            print(f"  {name:10} {text}")
+        return 0
+    if argv[0] not in BENCHES:
+        raise UsageError("bench: no such measurement", got=argv[0], allowed=BENCHES, hint="synthkit bench --help")
+    return importlib.import_module(f"synthkit.bench.{argv[0]}").main(argv[1:])
