@@ -65,11 +65,10 @@ def bank_from_arrays(
         contains_real=real if contains_real is None else contains_real, extra=extra or {},
     )  # fmt: skip
     writer = BankWriter.create(path, spec)
-    with writer.lock():
-        for index in range(writer.shards):
-            start = index * spec.per_shard
-            part = slice(start, start + writer.shard_size(index))
-            writer.write_shard(index, {name: value[part] for name, value in rows.items()})
+    for index in range(writer.shards):
+        start = index * spec.per_shard
+        part = slice(start, start + writer.shard_size(index))
+        writer.write_shard(index, {name: value[part] for name, value in rows.items()})
     return Bank(path)
 
 

@@ -123,6 +123,8 @@ def test_batches_cover_the_bank_once(bank):
     assert np.array_equal(np.concatenate([b.labels for b in bank.batches(8)]), whole(bank.spec, "labels"))
     with pytest.raises(UsageError):
         next(bank.batches(0))
+    with pytest.raises(TypeError, match="bank.batches"):
+        iter(bank)
 
 
 def test_pickle_and_fork(bank):
