@@ -1,0 +1,68 @@
+"""Numbers from files: checked, gathered over seeds, and written for people."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+def number(value: object) -> float | None:
+    """`value` where it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured value: the mean over `n` runs and, from two runs on, their sample standard deviation."""
+
+    mean: float
+    std: float | None = None
+    n: int = 1
+
+    @classmethod
+    def of(cls, value: Any) -> Figure | None:
+        """The figure in a number, or in `{"mean", "std", "n"}` as a summary stores it; else None."""
+        if isinstance(value, dict):
+            mean, std, n = number(value.get("mean")), number(value.get("std")), number(value.get("n"))
+            if mean is None:
+                return None
+            count = int(n) if n is not None and n >= 1 else 1
+            return cls(mean, std if count > 1 else None, count)
+        mean = number(value)
+        return None if mean is None else cls(mean)
+
+    @classmethod
+    def over(cls, values: Iterable[object]) -> Figure | None:
+        """Mean and standard deviation of the numbers among `values`."""
+        found = [v for v in map(number, values) if v is not None]
+        if not found:
+            return None
+        return cls(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found))
+
+    def percent(self) -> str:
+        """`72.05 %`, over several seeds `72.05 ± 0.31 %`."""
+        spread = f" ± {100 * self.std:.2f}" if self.std is not None else ""
+        return f"{100 * self.mean:.2f}{spread} %"
+
+    def plain(self) -> str:
+        """`0.5617`, over several seeds `0.5617 ± 0.0206`."""
+        spread = f" ± {short(self.std)}" if self.std is not None else ""
+        return f"{short(self.mean)}{spread}"
+
+
+def short(value: float) -> str:
+    """A number in at most four significant digits."""
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 1e4:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
