@@ -41,7 +41,7 @@ def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         The record that `--json` prints and `--out` adds to its file: `model`, `data`, `teacher`, `metrics`
-        (see `evaluate_classifier`, `evaluate_fidelity`), `warnings`, `seconds`, `versions`, `hardware`, `rank`.
+        (see `evaluate_classifier`, `evaluate_fidelity`), `notes`, `warnings`, `seconds`, `versions`, `hardware`, `rank`.
 
     Raises:
         UsageError: model, data, teacher or output do not fit; nothing was written.
@@ -77,10 +77,11 @@ class _Job:
 
         self.cfg, self.runtime = cfg, runtime
         self.notes: list[str] = []
+        self.warnings: list[str] = []
         self.loaded = load_model(cfg.model, weights="required")
         assumed = self.loaded.card.extra.get("assumed")
         if assumed:
-            self.notes.append(f"the model has no card; {assumed} is assumed")
+            self.warnings.append(f"the model has no card; {assumed} is assumed")
         self.view = self._view(self.loaded)
 
     def _view(self, loaded: LoadedModel) -> TeacherView:
@@ -116,13 +117,14 @@ class _Job:
                 "claimed_accuracy": card.accuracy,
             }
 
-        warnings = list(dict.fromkeys([*self.notes, *metrics.pop("warnings")]))
+        warnings = [*self.warnings, *metrics.pop("warnings")]
         data |= {"limit": self.cfg.limit, "seed": self.cfg.seed if self.cfg.limit else None}
         return {
             "model": about(self.loaded),
             "teacher": about(teacher) if teacher else None,
             "data": data,
             "metrics": metrics,
+            "notes": self.notes,
             "warnings": warnings,
         }
 
@@ -166,7 +168,7 @@ class _Job:
         try:
             return load_model(remembered, weights="required")
         except ModelError as error:
-            self.notes.append(f"the teacher {remembered!r} cannot be loaded, so it is left out ({error})")
+            self.warnings.append(f"the teacher {remembered!r} cannot be loaded, so it is left out ({error})")
             return None
 
     # --- banks --------------------------------------------------------------------------------------------------------
@@ -208,10 +210,10 @@ class _Job:
         if isinstance(trained_on, dict) and uuid is not None and trained_on.get("uuid") == uuid:
             held = _held_out(Path(self.cfg.model), len(bank))
             if held is None or len(held) == 0:
-                self.notes.append("the student was trained on these very images: this is no held-out measure")
+                self.warnings.append("the student was trained on these very images: this is no held-out measure")
             else:
                 rows = held
-                self.notes.append(f"the {len(held)} images that distill held out of training")
+                self.notes.append(f"measured on the {len(held)} images that distill held out of training")
         if self.cfg.limit is not None and self.cfg.limit < len(rows):
             chosen = np.random.default_rng(self.cfg.seed).permutation(len(rows))[: self.cfg.limit]
             rows = rows[np.sort(chosen)]

@@ -38,6 +38,7 @@ def render(result: dict[str, Any]) -> str:
     width = max(len(name) for name, _ in lines)
     text = [f"{name:<{width}}  {value}" for name, value in lines]
     text += _per_class(scores)
+    text += [f"note: {line}" for line in result["notes"]]
     return "\n".join(text + [f"warning: {line}" for line in result["warnings"]])
 
 

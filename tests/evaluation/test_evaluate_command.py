@@ -57,12 +57,12 @@ def test_table_and_record(files, capsys):
     result = run(config(files))
     scores = result["metrics"]
     assert scores["n"] == 60 and 0 <= scores["agreement"] <= 1 and result["teacher"]["spec"] == str(files / "teacher")
-    assert any("resized from (1, 28, 28) to (1, 32, 32)" in text for text in result["warnings"])
+    assert any("resized from (1, 28, 28) to (1, 32, 32)" in text for text in result["notes"])
     assert {"torch", "python"} <= set(result["versions"]) and result["hardware"]["cores"] >= 1
     text = capsys.readouterr().out
     for line in (
         f"{100 * scores['top1']:.2f} %", f"{scores['ece']:.4f}", f"{scores['kl']:.4f} nats", "per class:", "north",
-        "warning: images were resized",
+        "note: images were resized",
     ):  # fmt: skip
         assert line in text
     json.dumps(result)
@@ -128,7 +128,7 @@ def test_data_in_another_order_is_mapped_and_said(files):
     np.savez(files / "turned.npz", x_test=images, y_test=3 - labels, class_names=turned)
     result = run(config(files, data=f"npz:{files}/turned.npz"), quiet=True)
     assert result["metrics"]["top1"] == straight["metrics"]["top1"]
-    assert any("mapped by name" in text for text in result["warnings"])
+    assert any("mapped by name" in text for text in result["notes"])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_a_run_is_measured_on_what_it_held_out(files, seeds):
         predicted = student(torch.from_numpy(bank.batch(held).images)).argmax(1)
     assert result["metrics"]["n"] == 10
     assert result["metrics"]["predicted"] == {n: int((predicted == i).sum()) for i, n in enumerate(NAMES)}
-    assert any("held out of training" in text for text in result["warnings"])
+    assert any("held out of training" in text for text in result["notes"])
 
 
 def test_a_bank_that_was_trained_on_is_said(files):
@@ -228,4 +228,4 @@ def test_third_party_teachers_on_real_images(name, top1):
     card = Path(__file__).parents[2] / "recipes" / "teachers" / f"{name}.yaml"
     result = run(EvaluateConfig(model=str(card), data=f"cifar10:{SHARED}/data/cifar10-subset", runtime=CPU), quiet=True)
     assert result["metrics"]["n"] == 932 and result["metrics"]["top1"] == pytest.approx(top1, abs=1e-3)
-    assert result["warnings"] == []
+    assert result["warnings"] == [] and result["notes"] == []
