@@ -41,7 +41,8 @@ def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Returns:
         The record that `--json` prints and `--out` adds to its file: `model`, `data`, `teacher`, `metrics`
-        (see `evaluate_classifier`, `evaluate_fidelity`), `notes`, `warnings`, `seconds`, `versions`, `hardware`, `rank`.
+        (see `evaluate_classifier`, `evaluate_fidelity`), `notes`, `warnings`, `seconds`, `versions`, `hardware` and
+        `rank`.
 
     Raises:
         UsageError: model, data, teacher or output do not fit; nothing was written.
@@ -131,13 +132,17 @@ class _Job:
     # --- labelled data ------------------------------------------------------------------------------------------------
 
     def _on_labels(self, spec: str) -> dict[str, Any]:
+        from synthkit.data.classes import check_classes
         from synthkit.data.specs import load_data
         from synthkit.evaluation.diagnose import wrong_normalisation
         from synthkit.evaluation.metrics import evaluate_classifier, matched
 
         size = (self.view.input_size[0], self.view.input_size[1], self.view.input_size[2])
-        data, said = matched(self.view, load_data(spec, self.cfg.split, size=size))
-        self.notes += said
+        raw = load_data(spec, self.cfg.split, size=size)
+        loud = check_classes(self.view.class_names, raw.class_names, self.view.num_classes).warning
+        data, said = matched(self.view, raw)
+        self.notes += [text for text in said if text != loud]
+        self.warnings += [loud] if loud else []
         if self.cfg.limit is not None:
             data = data.subset(self.cfg.limit, self.cfg.seed)
         teacher = self._teacher()

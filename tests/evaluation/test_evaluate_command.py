@@ -128,7 +128,7 @@ def test_data_in_another_order_is_mapped_and_said(files):
     np.savez(files / "turned.npz", x_test=images, y_test=3 - labels, class_names=turned)
     result = run(config(files, data=f"npz:{files}/turned.npz"), quiet=True)
     assert result["metrics"]["top1"] == straight["metrics"]["top1"]
-    assert any("mapped by name" in text for text in result["notes"])
+    assert any("mapped by name" in text for text in result["warnings"])
 
 
 @pytest.mark.parametrize(
