@@ -94,6 +94,8 @@ def start_run(path: Path, cfg: Any, runtime: Runtime, **facts: Any) -> RunDir:
     run = RunDir(path)
     if runtime.is_main:
         run.create()
+        for left in path.glob("*.tmp-*"):  # of a killed run; this one now owns the directory
+            left.unlink()
         if run.read_json("run.json") is None:
             record = {"config": plain_config(cfg), "identity": identity(cfg), "status": "running"}
             run.write_json("run.json", {**record, **facts, "versions": versions(), "hardware": hardware()})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from synthkit.data.augment import augment
+from synthkit.data.augment import augment, check_policy
 from synthkit.distillation.contract import Batch
 from synthkit.errors import BankError, ConfigError, DataError, RequirementError
 
@@ -278,7 +278,7 @@ class _Sliced:
     def __init__(self, batch_size: int, *, rank: int, world: int, policy: str, seed: int, device: torch.device):
         if batch_size % world:
             raise ConfigError(f"batch_size must be a multiple of the {world} processes", got=batch_size)
-        self.batch_size, self.policy, self.seed, self.device = batch_size, policy, seed, device
+        self.batch_size, self.policy, self.seed, self.device = batch_size, check_policy(policy), seed, device
         self.slice = slice(rank, None, world)  # strided, so that fresh and stored images spread over the ranks
 
     def finish(self, batch: Batch, step: int) -> Batch:

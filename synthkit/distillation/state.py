@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 
 from synthkit.errors import RunError
 from synthkit.runtime import atomic_write, storage_errors, write_json
+
+_NAME = re.compile(r"\d{8,}\.(safetensors|json)(\.tmp-.*)?")
 
 
 class StateStore:
@@ -89,10 +92,15 @@ class StateStore:
         return record
 
     def clear(self) -> None:
-        """Remove the states (the run is finished; its result stands beside them)."""
+        """Remove the states (the run is finished; its result stands beside them) and what killed runs left of them."""
+        if not self.path.is_dir():
+            return
         for step in self.steps():
             self._remove(step)
-        if self.path.is_dir() and not any(self.path.iterdir()):
+        for file in self.path.iterdir():
+            if _NAME.fullmatch(file.name):
+                file.unlink()
+        if not any(self.path.iterdir()):
             self.path.rmdir()
 
     def _remove(self, step: int) -> None:

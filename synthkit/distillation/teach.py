@@ -130,7 +130,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
         test, said = matched(view, test)
         train.notes += tuple(said)
     runtime = Runtime.create(cfg.runtime, run_dir=path)
-    source = _source(cfg, plan, train, runtime)
+    source = _source(cfg, plan, train, runtime)  # checks the augmentation and the batch size
     run = start_run(path, cfg, runtime, command="teach", plan=plan.to_dict(), seed=cfg.seed, world=runtime.world)
     _announce(runtime, arch, train, test, plan)
 

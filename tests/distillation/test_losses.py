@@ -150,7 +150,9 @@ def test_documentation(name):
 def test_loss_files_do_not_import_torch():
     modules = ", ".join(path.partition(":")[0] for path in tables.LOSSES.values())
     code = f"import {modules}, synthkit.distillation.protocols, synthkit.cli.distill, synthkit.cli.teach, sys; "
-    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 

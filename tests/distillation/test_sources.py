@@ -123,7 +123,7 @@ def test_a_bank_that_does_not_fit_is_streamed(workshop, monkeypatch):
 def test_noise_statistics_and_ranks():
     noise = NoiseSource((3, 16, 16), 64, 5, rank=0, world=1, policy="none", seed=1, device=CPU)
     images = noise.batch(0).images
-    assert images.shape == (64, 3, 16, 16) and 0 <= float(images.min()) and float(images.max()) <= 1
+    assert images.shape == (64, 3, 16, 16) and float(images.min()) >= 0 and float(images.max()) <= 1
     assert float(images.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(images.std()) == pytest.approx(0.24, abs=0.01)  # 0.25 before clipping at two sigma
     assert not torch.equal(images, noise.batch(1).images)
@@ -163,9 +163,7 @@ def test_fresh_share_of_a_batch(generator_bank):
     assert images.shape == (16, 1, 32, 32) and source.steps_per_epoch == 6
     assert torch.equal(images[:12], stored)
     assert torch.equal(images[12:], pool.images(4, 3, 2)) and not torch.equal(images[12:], pool.images(4, 3, 3))
-    parts = [
-        StoreSource(source.store, order, 16, rank=r, world=2, **options).batch(2).images for r in range(2)
-    ]
+    parts = [StoreSource(source.store, order, 16, rank=r, world=2, **options).batch(2).images for r in range(2)]
     assert torch.equal(images, torch.stack(parts, 1).flatten(0, 1))
 
 

@@ -182,7 +182,9 @@ def test_nan_names_the_step_and_keeps_the_last_state(tmp_path, bad):
 
     made = make(tmp_path, loss=loss, description="distill x")
     rate = made.plan.lr_at(14, made.total, 6)
-    with pytest.raises(NonFiniteError, match=rf"distill x: the loss is not finite at step 14 of 30 \(lr {rate:.3g}\)") as e:
+    with pytest.raises(
+        NonFiniteError, match=rf"distill x: the loss is not finite at step 14 of 30 \(lr {rate:.3g}\)"
+    ) as e:
         made.fit()
     assert "lower lr" in str(e.value) and "state of step 12 is kept" in str(e.value)
     assert [r["epoch"] for r in records(tmp_path)] == [1, 2]
