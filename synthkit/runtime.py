@@ -59,6 +59,7 @@ class Runtime:
         bf16_ok = device == "cuda" and torch.cuda.is_bf16_supported()
         precision = config.precision if config.precision != "auto" else ("bf16" if bf16_ok else "fp32")
         trackers = [t.strip() for t in (config.tracker or "").split(",") if t.strip()]
+        _forget_other_state(device == "cpu", "bf16" if precision == "bf16" else "no")
         accelerator = Accelerator(
             cpu=device == "cpu",
             mixed_precision="bf16" if precision == "bf16" else "no",
@@ -74,7 +75,7 @@ class Runtime:
             raise RunError(
                 f"{config.world} processes were asked for (runtime.world)",
                 got=accelerator.num_processes,
-                hint="start with `torchrun --nproc_per_node N -m synthkit ...`; `accelerate launch --cpu` runs only one",
+                hint="start with `torchrun --nproc_per_node N -m synthkit ...` (`accelerate launch --cpu` runs only one)",
             )
         if trackers:
             accelerator.init_trackers("synthkit")
@@ -104,6 +105,19 @@ class Runtime:
         return Progress(total, description, initial=initial, enabled=self.is_main)
 
 
+def _forget_other_state(cpu: bool, precision: str) -> None:
+    """Let a later run of this process choose anew: accelerate keeps one state and refuses another precision or device
+    (or silently stays on the CPU)."""
+    from accelerate.state import AcceleratorState
+
+    known = AcceleratorState._shared_state
+    if not known:
+        return
+    other_device = (known["device"].type == "cpu") != cpu
+    if other_device or known.get("_mixed_precision") != precision:
+        AcceleratorState._reset_state(reset_partial_state=other_device)
+
+
 def _resolve_device(name: str) -> str:
     import torch
 
@@ -115,7 +129,8 @@ def _resolve_device(name: str) -> str:
     if kind not in {"cpu", "cuda", "mps"}:
         raise ConfigError("runtime.device: no such device", got=name, allowed=["auto", "cpu", "cuda", "cuda:N", "mps"])
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device: torch sees no CUDA device", got=name, hint="use cpu, or install a CUDA build")
+        hint = "use cpu, or install a CUDA build of torch"
+        raise ConfigError("runtime.device: torch sees no CUDA device", got=name, hint=hint)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("runtime.device: torch sees no MPS device", got=name, hint="use cpu")
     return name

@@ -155,7 +155,7 @@ class SynthesizerContract:
             assert batch.images.shape[1:] == (3, 8, 8) and len(batch.images) > 0
             if batch.images.dtype != torch.uint8:
                 assert batch.images.is_floating_point()
-                assert 0 <= batch.images.min() and batch.images.max() <= 1
+                assert batch.images.min() >= 0 and batch.images.max() <= 1
         pixels = torch.cat([batch.images for batch in batches])
         assert pixels.float().std() > 0, "all images are one flat grey"
         assert len(torch.unique(pixels.flatten(1), dim=0)) > 0.9 * len(pixels), "the same image again and again"
@@ -166,7 +166,7 @@ class SynthesizerContract:
             n = len(batch.images)
             if batch.labels is not None:
                 assert batch.labels.shape == (n,) and not batch.labels.is_floating_point()
-                assert 0 <= batch.labels.min() and batch.labels.max() < 10
+                assert batch.labels.min() >= 0 and batch.labels.max() < 10
             if batch.logits is not None:
                 assert batch.logits.shape == (n, 10) and torch.isfinite(batch.logits).all()
             if batch.difficulty is not None:

@@ -190,6 +190,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         group.update(state.get("groups", {}).get(str(i), {}))
     raw["state"] = {int(k): v for k, v in state.get("state", {}).items()}
     optimizer.load_state_dict(raw)
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            # laid out as in an uninterrupted run, where it was made like its (channels-last) parameter: same kernels
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -197,8 +202,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.detach().float().clamp(0, 1).mul(255).round_().to(torch.uint8)
 
 
+def widened(values: Tensor) -> Tensor:
+    """Half precisions (autocast) as float32, so that losses are summed in it; float32 and float64 stay as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
 def seeded_init(build: Any, seed: int) -> nn.Module:
     """Build a network with its default initialisation drawn from `seed`, leaving the global generator untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every accelerator as well
         return build()

@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.bank import Bank, BankSpec, BankWriter
+from synthkit.bank.state import entries
 from synthkit.config.parse import config_hash, config_to_dict
 from synthkit.config.schema import SynthesizeConfig
-from synthkit.errors import OutputExistsError, RequirementError
+from synthkit.errors import NonFiniteError, OutputExistsError, RequirementError, RunError
 from synthkit.lazy import torch
 from synthkit.runtime import RunDir, Runtime, format_bytes, format_seconds, hardware, peak_memory, versions
-from synthkit.synthesis.base import ImageBatch, Requires, Synthesizer, Task, flatten_state, unflatten_state
+from synthkit.synthesis.base import (
+    ImageBatch,
+    Requires,
+    Synthesizer,
+    Task,
+    flatten_state,
+    to_uint8,
+    unflatten_state,
+)
 from synthkit.synthesis.curriculum import Curriculum
 from synthkit.tables import lookup
 
@@ -54,12 +63,14 @@ def synthesize(config: SynthesizeConfig) -> Bank:
         raise OutputExistsError(
             f"{out} is not empty", hint="go on with --resume, or choose another --out; nothing is overwritten"
         )
+    early: list[str] = []  # what the method warns of while it is built, before there is a run to note it
     task = Task(
         teachers=[teacher],
         images=config.images,
         curriculum=curriculum,
         seed=config.seed,
         runtime=runtime,
+        warn=early.append,
         extra={"teacher_arch": loaded.card.arch},
     )
     method: Synthesizer = method_class(config.method, task)
@@ -71,8 +82,11 @@ def synthesize(config: SynthesizeConfig) -> Bank:
             say(runtime, f"warning: {warning}")
     writer = BankWriter.open_or_create(out, spec) if config.resume else BankWriter.create(out, spec)
     with writer.lock():
-        if writer.missing():
-            Run(config, writer, method, task, loaded, evaluation).run()
+        run = Run(config, writer, method, task, loaded, evaluation)
+        for text in early:
+            run.warn(text)
+        if run.unfinished():
+            run.run()
     return Bank(out)
 
 
@@ -99,7 +113,7 @@ def check_requirements(name: str, requires: Requires, teacher: TeacherView) -> N
     if requires.batchnorm and not teacher.has_batchnorm:
         raise RequirementError(
             f"{name} needs BatchNorm layers in the teacher, {teacher.name} has none",
-            hint="try method cudfkd (its BN term can be off), or a teacher with BatchNorm (lenet5_bn instead of lenet5)",
+            hint="try method cudfkd (its BN term can be off), or a teacher with BatchNorm (lenet5_bn, not lenet5)",
         )
 
 
@@ -170,6 +184,15 @@ class Run:
         self.dir = RunDir(writer.path)
         self.pending: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self.warnings: dict[str, int] = {}
+        self.ahead = 0  # states of later shards, which a run that re-makes a lost shard must not push out
+
+    def unfinished(self) -> bool:
+        """Whether shards are missing, or only the closing record of a run that was killed after its last shard."""
+        if self.writer.missing():
+            return True
+        record = self.dir.read_json("run.json") or {}
+        found = self.writer.load_state()
+        return record.get("status") != "complete" and found is not None and found[0] == self.writer.shards
 
     def run(self) -> None:
         """Generate until the last shard is committed."""
@@ -185,10 +208,15 @@ class Run:
             self.bar = bar
             self.task.tick = bar.update
             self.task.log = self._log
-            self.task.warn = self._warn
+            self.task.warn = self.warn
             if self.evaluation:
                 self.task.eval_hook = self._evaluate_now
-            self._shards(first, self.method.generate())
+            try:
+                self._shards(first, self.method.generate())
+            except NonFiniteError as error:
+                failed = {"status": "failed", "error": str(error), "warnings": self.warnings}
+                self.dir.write_json("run.json", {**record, **failed})
+                raise
         seconds = time.monotonic() - start
         result: dict[str, Any] = {
             "status": "complete",
@@ -207,6 +235,8 @@ class Run:
     def resume(self) -> int:
         """Load the newest state that the committed shards reach; returns the first shard to make."""
         found = self.writer.load_state()
+        first = found[0] if found else 0
+        self.ahead = sum(1 for index in entries(self.writer.path / "state") if index > first)
         if found is None:
             self.dir.truncate_metrics(lambda record: False)
             return 0
@@ -231,7 +261,7 @@ class Run:
         )
         free = free_memory(self.runtime)
         if estimate["memory_bytes"] > free:
-            self._warn(
+            self.warn(
                 f"the run needs about {format_bytes(estimate['memory_bytes'])}, {format_bytes(free)} are free;"
                 " lower --method.batch_size"
             )
@@ -240,7 +270,14 @@ class Run:
         for index in range(first, self.writer.shards):
             size = self.writer.shard_size(index)
             while self._pending_images() < size:
-                self._take(next(batches))
+                batch = next(batches, None)
+                if batch is None:
+                    made = index * self.writer.spec.per_shard + self._pending_images()
+                    raise RunError(
+                        f"{self.config.method_name} stopped after {made} of {self.config.images} images",
+                        hint="an error of the method: it must yield as many as it is asked for",
+                    )
+                self._take(batch)
             columns = {name: np.concatenate(parts) for name, parts in self.pending.items() if parts}
             self.pending = {name: [values[size:]] if len(values) > size else [] for name, values in columns.items()}
             self.pending = {name: self.pending.get(name, []) for name in COLUMNS}
@@ -252,7 +289,7 @@ class Run:
             shard = {name: values[:size] for name, values in columns.items()}
             shard["origin_seed"] = np.full(size, self.config.seed, np.uint64)
             self.writer.write_shard(index, shard, {"step": self.method.step})
-            self.writer.prune_states(keep=1 if last else 2)
+            self.writer.prune_states(keep=1 if last else 2 + self.ahead)
 
     def _pending_images(self) -> int:
         return sum(len(part) for part in self.pending["images"])
@@ -260,7 +297,7 @@ class Run:
     def _take(self, batch: ImageBatch) -> None:
         n = len(batch.images)
         columns = {
-            "images": batch.images,
+            "images": batch.images if batch.images.dtype == torch.uint8 else to_uint8(batch.images),
             "labels": batch.labels,
             "logits": batch.logits,
             "difficulty": batch.difficulty,
@@ -317,7 +354,8 @@ class Run:
         shown = {k: v for k, v in record.items() if k in ("kd", "g_loss", "class_balance", "test_top1")}
         self.bar.update(0, **shown)
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Say `text` (again at its 10th and 100th time) and count it for run.json."""
         key = text.split(": ", 1)[-1][:40]
         self.warnings[key] = self.warnings.get(key, 0) + 1
         if self.warnings[key] in (1, 10, 100):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from contract import SynthesizerContract
-from synthesis.tiny import task
 
+from synthesis.tiny import task
 from synthkit import tables
 from synthkit.errors import ConfigError
 from synthkit.synthesis.curriculum import Curriculum

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthesis.tiny import TinyNet, task, teacher_view
 
+from synthesis.tiny import TinyNet, task, teacher_view
 from synthkit.logits import kl_per_sample, l1_per_sample
 from synthkit.synthesis.curriculum import (
     Curriculum,

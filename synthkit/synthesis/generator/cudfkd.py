@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from synthkit.errors import ConfigError
-from synthkit.synthesis.base import Requires
+from synthkit.synthesis.base import Requires, widened
 from synthkit.synthesis.curriculum import adversarial_weight, age_at, self_paced_weights
 from synthkit.synthesis.generator.loop import GeneratorConfig, GeneratorLoop
 from synthkit.synthesis.losses import (
@@ -55,7 +55,9 @@ class CuDFKDConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.begin <= self.end <= 1:
-            raise ConfigError("method.begin and method.end must satisfy 0 <= begin <= end <= 1", got=(self.begin, self.end))
+            raise ConfigError(
+                "method.begin and method.end must satisfy 0 <= begin <= end <= 1", got=(self.begin, self.end)
+            )
         if self.lambda_0 <= 0:
             raise ConfigError("method.lambda_0 must be positive", got=self.lambda_0)
 
@@ -108,10 +110,10 @@ class CuDFKD(GeneratorLoop):
         else:
             teacher, features = self._teacher(images)
         weight = self.adversarial_weight
-        student = self.student_view(images).float() if weight != 0 else None
+        student = widened(self.student_view(images)) if weight != 0 else None
         return cudfkd_terms(
             self.config,
-            teacher.float(),
+            widened(teacher),
             student,
             features,
             statistics.loss() if statistics else None,

@@ -10,6 +10,7 @@ Source of the order: ljrprocc/DataFree@bf3096b `datafree_kd.py:main_worker` (met
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -29,6 +30,7 @@ from synthkit.synthesis.base import (
     optimizer_state,
     seeded_init,
     to_uint8,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -136,13 +138,15 @@ class GeneratorLoop:
                 got=(height, width),
                 hint="choose another --method.depth or a teacher of another input size",
             )
-        self.generator_spec = {
+        self.generator_spec: dict[str, Any] = {
             "name": config.generator,
             "latent_dim": config.nz,
             "image_size": height,
             "channels": channels,
             "depth": config.depth,
             "width": config.width,
+            "mean": list(self.teacher.mean),  # used by generators that paint in the teacher's normalised space
+            "std": list(self.teacher.std),
         }
         self.student_arch = self._student_arch()
         generator = seeded_init(lambda: build_generator(**self.generator_spec), task.seed_of("generator-init"))
@@ -236,18 +240,30 @@ class GeneratorLoop:
         lr = 0.5 * self.config.lr * (1 + math.cos(math.pi * epoch / self.config.epochs))
         for group in self.optimizer_s.param_groups:
             group["lr"] = lr
-        self._set_modes(generating=True)
-        for _ in range(self.config.g_steps):
-            self.generator_step()
-        self._set_modes(generating=False)
         steps = min(self.config.kd_steps, (epoch + 1) * self.config.ep_steps - self.step)
-        for _ in range(steps):
-            self.student_step()
-            self.step += 1
+        with self._module_draws(f"modules-{self.step}"):
+            self._set_modes(generating=True)
+            for _ in range(self.config.g_steps):
+                self.generator_step()
+            self._set_modes(generating=False)
+            for _ in range(steps):
+                self.student_step()
+                self.step += 1
         if self.task.tick:
             self.task.tick(steps)
         if self.step % self.config.ep_steps == 0:
             self._end_epoch(epoch, lr)
+
+    @contextlib.contextmanager
+    def _module_draws(self, stream: str) -> Iterator[None]:
+        """Dropout and the like can only draw from torch's global generator: lend it, seeded, and put it back."""
+        on_gpu = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+            seed = self.task.seed_of(stream)
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            yield
 
     def _set_modes(self, *, generating: bool) -> None:
         student = self.student_view.module
@@ -259,7 +275,7 @@ class GeneratorLoop:
         """One Adam update of the generator on `generator_terms`; student and teacher in eval mode."""
         with self.task.runtime.autocast():
             terms = self.generator_terms(self.generator(self.latents(self.config.batch_size, self.noise)))
-        loss = torch.stack([t.float() for t in terms.values()]).sum()
+        loss = torch.stack([widened(t) for t in terms.values()]).sum()
         self.optimizer_g.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer_g.step()
@@ -271,8 +287,8 @@ class GeneratorLoop:
         with self.task.runtime.autocast():
             with torch.no_grad():
                 images = self.generator(self.latents(self.config.batch_size, self.noise))
-                teacher = self.teacher(images).float()
-            student = self.student_view(images).float()
+                teacher = widened(self.teacher(images))
+            student = widened(self.student_view(images))
         per_sample = self.kd_per_sample(student, teacher)
         loss = self.student_loss(per_sample)
         self.optimizer_s.zero_grad(set_to_none=True)
@@ -280,12 +296,14 @@ class GeneratorLoop:
         self.optimizer_s.step()
         top = teacher.argmax(1)
         self.histogram += torch.bincount(top, minlength=self.teacher.num_classes)
-        self._add({"kd": per_sample.detach().mean(), "agreement": (student.detach().argmax(1) == top).float().mean()}, "s")
+        self._add(
+            {"kd": per_sample.detach().mean(), "agreement": (student.detach().argmax(1) == top).float().mean()}, "s"
+        )
         return loss
 
     def latents(self, n: int, rng: torch.Generator) -> Tensor:
-        """z ~ N(0, I), (n, nz)."""
-        return torch.randn(n, self.config.nz, generator=rng, device=self.device)
+        """z ~ N(0, I), (n, nz), or (n, nz, side, side) for generators of spatial noise."""
+        return torch.randn(n, *self.generator.latent_shape, generator=rng, device=self.device)
 
     def _collect(self, n: int) -> ImageBatch:
         modes = self.generator.training, self.student_view.module.training
@@ -293,8 +311,8 @@ class GeneratorLoop:
         self.student_view.module.eval()
         with torch.no_grad(), self.task.runtime.autocast():
             images = to_uint8(self.generator(self.latents(n, self.bank_noise)))
-            teacher = self.teacher(images).float()
-            student = self.student_view(images).float()
+            teacher = widened(self.teacher(images))
+            student = widened(self.student_view(images))
             difficulty = self.kd_per_sample(student, teacher)
         self.generator.train(modes[0])
         self.student_view.module.train(modes[1])
@@ -307,7 +325,7 @@ class GeneratorLoop:
         return ImageBatch(
             images=images.cpu(),
             labels=teacher.argmax(1).cpu(),
-            logits=teacher.cpu(),
+            logits=teacher.float().cpu(),
             difficulty=difficulty.float().cpu(),
             step=self.step,
         )
@@ -335,7 +353,7 @@ class GeneratorLoop:
         """Entropy of the teacher's classes on this epoch's images over log K: 1 balanced, 0 a single class."""
         share = self.histogram.double() / self.histogram.sum().clamp(min=1)
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
-        return float(entropy) / math.log(self.teacher.num_classes)
+        return max(0.0, float(entropy)) / math.log(max(2, self.teacher.num_classes))
 
     def _end_epoch(self, epoch: int, lr: float) -> None:
         figures = self.figures()
@@ -424,8 +442,9 @@ class GeneratorLoop:
         saved = 0
         for kind, step in (("g", twin.generator_step), ("s", twin.student_step)):
             twin._set_modes(generating=kind == "g")
-            step()
-            with _SavedBytes() as counter:
+            with self._module_draws("estimate"):
+                step()
+            with self._module_draws("estimate"), _SavedBytes() as counter:
                 start = time.perf_counter()
                 step()
                 if self.device.type == "cuda":
@@ -434,7 +453,11 @@ class GeneratorLoop:
             saved = max(saved, counter.bytes)
         self._set_modes(generating=False)
         cycles = self.total_steps / self.config.kd_steps
-        weights = sum(p.numel() * p.element_size() for m in (self.generator, self.student_view.module, self.teacher.module) for p in m.parameters())
+        weights = sum(
+            p.numel() * p.element_size()
+            for m in (self.generator, self.student_view.module, self.teacher.module)
+            for p in m.parameters()
+        )
         return {
             "seconds": cycles * self.config.g_steps * seconds["g"] + self.total_steps * seconds["s"],
             "memory_bytes": saved * scale * 1.5 + 4 * weights,
