@@ -10,7 +10,7 @@ import numpy as np
 
 from synthkit.bank.card import method_of
 from synthkit.report.grid import grid_png
-from synthkit.report.markup import Markup, badge, clean, details, el, facts, table
+from synthkit.report.markup import Markup, badge, clean, details, el, facts, join, table
 from synthkit.report.numbers import Figure, number, short
 from synthkit.report.parts import (
     Part,
@@ -63,7 +63,7 @@ def bank_part(source: BankSource, *, per_class: int = 10, max_classes: int = 20)
         ]),
         _scores(source, student, teacher, retention, measured),
         _picture(source, per_class, max_classes),
-        charts("Curriculum and classes", [_difficulty(source), _balance_map(source), _balance(source)]),
+        charts("Curriculum", [_difficulty(source), _balance_map(source), _ramp(source), _balance(source)]),
         charts("Making the images", _training(source, teacher)),
         _facts(source),
         settings("Recipe (bank.json)", source.bank.spec.recipe),
@@ -101,8 +101,8 @@ def _badges(source: BankSource) -> list[Markup]:
              else badge("no image is a real one", "synthetic"),
              badge("real data was used" if spec.real_data_used or spec.contains_real else "no real data was used",
                    "real" if spec.real_data_used or spec.contains_real else "synthetic")]  # fmt: skip
-    found.append(badge("sealed" if source.info["sealed"] else "complete" if source.info["complete"] else "unfinished", "plain"))
-    return found
+    state = "sealed" if source.info["sealed"] else "complete" if source.info["complete"] else "unfinished"
+    return [*found, badge(state, "plain")]
 
 
 def _warnings(source: BankSource) -> list[str]:
@@ -125,12 +125,14 @@ def _warnings(source: BankSource) -> list[str]:
 
 
 def _scores(
-    source: BankSource, student: Figure | None, teacher: Figure | None, retention: Figure | None, measured: dict[str, Any]
-) -> Markup | None:
+    source: BankSource, student: Figure | None, teacher: Figure | None, retention: Figure | None,
+    measured: dict[str, Any],
+) -> Markup | None:  # fmt: skip
     """Teacher and co-trained student; every row with the data that it was measured on."""
     rows: list[list[object]] = []
     if student is not None:
-        rows.append(["top-1", teacher.percent() if teacher else "", el("span", student.percent(), class_="lead"), where_badge(True)])
+        ours = el("span", student.percent(), class_="lead")
+        rows.append(["top-1", teacher.percent() if teacher else "", ours, where_badge(True)])
     if retention is not None:
         rows.append(["retention (student / teacher)", "", retention.percent(), where_badge(True)])
     agreement = percent(measured.get("test_agreement"))
@@ -151,11 +153,17 @@ def _scores(
     config = source.run.get("config")
     data = text(config.get("eval_data")) if isinstance(config, dict) else None
     n = number(measured.get("test_n"))
-    note = f"Real test data: {data or 'labelled images'}{f', {int(n):,} images' if n else ''}. The co-trained student is a by-product of making the images (one run, no control); a student trained from the finished bank is measured by synthkit distill." if student else ""
-    head = ["", "teacher", "co-trained student", "measured on"]
-    if student is None:
-        head, rows = ["", "teacher", "measured on"], [[r[0], r[1], r[3]] for r in rows]
-    return el("div", el("h3", "Results"), table(head, rows), el("p", note, class_="soft") if note else None)
+    note = None
+    if student is not None:
+        note = (
+            f"Real test data: {data or 'labelled images'}{f', {int(n):,} images' if n else ''}. The co-trained student "
+            "is a by-product of making the images (one run, no control); synthkit distill measures one that is "
+            "trained from the finished bank."
+        )
+    shown = slice(1, 3 if student is not None else 2)
+    head = ["", *["teacher", "co-trained student"][: 2 if student is not None else 1]]
+    cells = [[join([row[0], row[3]]), *row[shown]] for row in rows]
+    return el("div", el("h3", "Results"), table(head, cells), el("p", note, class_="soft") if note else None)
 
 
 def _picture(source: BankSource, per_class: int, max_classes: int) -> Markup | None:
@@ -164,7 +172,8 @@ def _picture(source: BankSource, per_class: int, max_classes: int) -> Markup | N
     if not len(bank):
         return None
     picture, columns, rows = b"", per_class, max_classes
-    for columns, rows in ((per_class, max_classes), (per_class, min(10, max_classes)), (min(8, per_class), min(8, max_classes)), (min(5, per_class), min(6, max_classes))):
+    for most in ((100, 100), (10, 10), (8, 8), (5, 6), (4, 4)):
+        columns, rows = min(per_class, most[0]), min(max_classes, most[1])
         picture = grid_png(bank, columns, max_classes=rows)
         if len(picture) <= PICTURE_BYTES:
             break
@@ -173,10 +182,13 @@ def _picture(source: BankSource, per_class: int, max_classes: int) -> Markup | N
         order = "in stored order (the bank records no difficulty)"
     labelled = bank.has("labels") and bank.spec.label_kind != "none"
     shown = f"{min(rows, bank.num_classes)} of {bank.num_classes} classes" if bank.num_classes > rows else "every class"
-    said = f"{shown if labelled else 'All images'}, up to {columns} images each, {order}: easy on the left, hard on the right. "
+    said = f"{shown if labelled else 'All images'}, up to {columns} images each, {order}"
+    said += ": easy on the left, hard on the right. " if bank.has("difficulty") else ": first on the left. "
     said = said[0].upper() + said[1:] + _labels(bank.spec.label_kind) + " " + source.info["origin"]
     code = "data:image/png;base64," + base64.b64encode(picture).decode()
-    image = el("img", src=code, alt=f"Images of the bank, one row per class. {source.info['origin']}")
+    width = int.from_bytes(picture[16:20], "big")  # of the PNG header; the page does not blow the picture up
+    says = f"Images of the bank, one row per class. {source.info['origin']}"
+    image = el("img", src=code, alt=says, style=f"max-width:{max(width, 560)}px")
     figure = el("figure", el("div", image, class_="scroll"), el("figcaption", el("p", said)), class_="picture")
     return el("div", el("h3", "Images, easy to hard"), figure)
 
@@ -251,7 +263,7 @@ def _balance_map(source: BankSource) -> Markup | None:
 def _balance(source: BankSource) -> Markup | None:
     return line_chart("Class balance while making", [line(source.metrics, "class_balance", "class balance", 0)],
                       x_label="step", zero=True, levels=[Level("even", 1.0)],
-                      note="Entropy of the teacher's classes over the images of an epoch; 1 is even, 0 a single class.")  # fmt: skip
+                      note="Entropy of the teacher's classes in an epoch; 1 is even, 0 a single class.")  # fmt: skip
 
 
 def _adversarial(source: BankSource) -> Line | None:
@@ -274,6 +286,12 @@ def _adversarial(source: BankSource) -> Line | None:
     return Line("weight, from the recipe", [r["step"] for r in records], values, 3)
 
 
+def _ramp(source: BankSource) -> Markup | None:
+    weight = _adversarial(source)
+    return line_chart("Adversarial weight", [weight] if weight else [], x_label="step", zero=True,
+                      note="How strongly the generator is asked for what the student does not know yet.")  # fmt: skip
+
+
 def _training(source: BankSource, teacher: Figure | None) -> list[Markup | None]:
     log = source.metrics
     terms = sorted({key for r in log for key in r if key.startswith("g_")}, key=lambda k: (k == "g_loss", k))
@@ -283,18 +301,17 @@ def _training(source: BankSource, teacher: Figure | None) -> list[Markup | None]
         colour = _GENERATOR_COLOURS.get(term) if term in _GENERATOR_COLOURS else spare.pop(0) if spare else 4
         name = "sum" if term == "g_loss" else term.removeprefix("g_").replace("_", " ")
         lines.append(line(log, term, name, colour or 0, dashed=term == "g_loss"))
-    weight = _adversarial(source)
     levels = [Level("teacher", teacher.mean)] if teacher else []
-    agree = [line(log, "agreement", "with the teacher, synthetic images", 2), line(log, "test_agreement", "with the teacher, real test data", 7)]
+    agree = [line(log, "agreement", "on synthetic images", 2), line(log, "test_agreement", "on real test data", 7)]
+    top1 = [line(log, "test_top1", "student", 0)]
     found = [
-        line_chart("Adversarial weight", [weight] if weight else [], x_label="step", zero=True,
-                   note="How strongly the generator is asked for what the student does not know yet."),
         line_chart("Distillation loss of the student", [line(log, "kd", "KD loss", 0)], x_label="step", zero=True,
                    note="On the generator's images of each epoch."),
-        line_chart("Terms of the generator's loss", lines, x_label="step", note="With their weights; mean of each epoch."),
+        line_chart("Terms of the generator's loss", lines, x_label="step",
+                   note="With their weights; mean of each epoch."),
         line_chart("Agreement of student and teacher", agree, x_label="step", percent=True),
-        line_chart("Co-trained student, top-1 on real test data", [line(log, "test_top1", "student", 0)], x_label="step",
-                   percent=True, levels=levels, note="Only looked at: nothing is chosen by it."),
+        line_chart("Co-trained student, top-1 on real test data", top1, x_label="step", percent=True, levels=levels,
+                   note="Only looked at: nothing is chosen by it."),
         line_chart("Learning rate of the student", [line(log, "lr", "learning rate", 4)], x_label="step", zero=True),
     ]  # fmt: skip
     return found + _others(source, {*terms, *_DRAWN, "adv_weight", "adversarial_weight"})

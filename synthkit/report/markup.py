@@ -52,8 +52,13 @@ def join(children: Iterable[object]) -> Markup:
 def table(head: Sequence[object] | None, rows: Iterable[Sequence[object]], kind: str = "") -> Markup:
     """A table that scrolls sideways where the page is narrow; the first cell of a row heads it."""
     top = el("thead", el("tr", *(el("th", cell, scope="col") for cell in head))) if head is not None else None
-    body = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
+    body = [el("tr", el("th", row[0], scope="row"), *map(_cell, row[1:])) for row in rows]
     return el("div", el("table", top, el("tbody", *body), class_=kind or None), class_="scroll")
+
+
+def _cell(value: object) -> Markup:
+    """Figures stay on one line; longer text may wrap."""
+    return el("td", value, class_="wrap" if not isinstance(value, Markup) and len(str(value)) > 24 else None)
 
 
 def badge(text: str, kind: str) -> Markup:

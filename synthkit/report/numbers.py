@@ -55,14 +55,22 @@ class Figure:
 
     def plain(self) -> str:
         """`0.5617`, over several seeds `0.5617 ± 0.0206`."""
-        spread = f" ± {short(self.std)}" if self.std is not None else ""
-        return f"{short(self.mean)}{spread}"
+        if self.std is None or not self.std > 0:
+            return short(self.mean)
+        digits = min(6, max(0, 1 - math.floor(math.log10(self.std))))  # two significant digits of the spread
+        return f"{self.mean:.{digits}f} ± {self.std:.{digits}f}"
+
+    def without_spread(self) -> Figure:
+        """The mean alone: for what does not change from seed to seed, such as the teacher."""
+        return Figure(self.mean)
 
 
 def short(value: float) -> str:
     """A number in at most four significant digits."""
     if value == 0:
         return "0"
-    if 1e-3 <= abs(value) < 1e4:
+    if 1e-4 <= abs(value) < 1e4:
         return f"{value:.4g}"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.2e}"
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")

@@ -79,7 +79,8 @@ def check_out(target: Path) -> None:
     """Look before any work whether a page may be written to `target`.
 
     Raises:
-        UsageError: not an .html name, or a file stands where a folder should. OutputExistsError: something else is there.
+        UsageError: not an .html name, or a file stands where a folder should.
+        OutputExistsError: something else is there.
     """
     if target.suffix.lower() not in (".html", ".htm"):
         raise UsageError("report: --out must name an .html file", got=str(target))
@@ -133,5 +134,5 @@ def _overview(parts: list[Part]) -> Markup | None:
         link = el("a", part.title, href=f"#part{i}")
         rows.append([link, part.kind, *(figure.percent() if figure else "" for figure in figures), seeds])
     head = ["", "kind", "teacher", "student", *(["control"] if has_control else []), "retention", "n"]
-    note = "Top-1 on real test data; retention is student / teacher. The student of a bank is the one trained along with it."
+    note = "Top-1 on real test data; retention is student / teacher. A bank's student is the one trained along with it."
     return el("section", el("h2", "Overview"), table(head, rows), el("p", note, class_="soft"), class_="item")

@@ -25,6 +25,7 @@ class Part:
     verdict: str
     body: list[Markup | None]
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     badges: list[Markup] = field(default_factory=list)
     student: Figure | None = None
     teacher: Figure | None = None
@@ -43,6 +44,7 @@ class Part:
             el("p", self.verdict, class_="verdict"),
             el("div", *self.badges, class_="badges") if self.badges else None,
             listed,
+            el("ul", *(el("li", text) for text in self.notes), class_="soft notes") if self.notes else None,
             *self.body,
             class_="item",
             id=anchor,
@@ -86,7 +88,8 @@ def percent(value: object) -> str | None:
 
 def text(value: object) -> str | None:
     """`value` as one line; None where it is no text or number."""
-    return clean(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "" else None
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return clean(value) if plain and value != "" else None
 
 
 def settings(title: str, value: Any, *, open_: bool = False) -> Markup | None:

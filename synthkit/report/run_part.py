@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from synthkit.report.markup import Markup, clean, el, table
+from synthkit.report.markup import Markup, clean, el, join, table
 from synthkit.report.numbers import Figure, number
 from synthkit.report.parts import (
     Part,
@@ -47,12 +47,14 @@ def run_part(source: RunSource) -> Part:
     numbers = {key: source.figure(key) for key, *_ in _ROWS}
     control = {key: Figure.of((source.control or {}).get(key)) for key, *_ in _ROWS}
     teacher = source.figure("teacher_top1")
+    teacher = teacher.without_spread() if teacher else None
     part = Part(
         title=source.path.resolve().name or "run",
         kind=_KINDS[source.kind],
         verdict=verdict(source, numbers, control, teacher),
         body=[],
         warnings=_warnings(source, numbers, control, teacher),
+        notes=same_order(note for record in source.members for note in warning_lines(record.get("notes"))),
         student=numbers["top1"],
         teacher=teacher,
         control=control["top1"],
@@ -72,8 +74,7 @@ def run_part(source: RunSource) -> Part:
              format_seconds(seconds.mean) if seconds else None),
         ]),
         _scores(source, numbers, control, teacher),
-        charts("Training", _curves(source, teacher)),
-        charts("Classes", [_per_class(source)]),
+        charts("Training", [*_curves(source, teacher), _per_class(source)]),
         _recipe(source),
         environment(source.record, *source.members),
     ]  # fmt: skip
@@ -96,16 +97,18 @@ def verdict(
         return f"{who}: the run is not finished, there is no result yet."
     if source.kind == "teach":
         where = f" on real test data ({data})" if data else " on real test data"
-        return f"{who}, trained on real data, reaches {top1.percent()} top-1{where}." if top1 else f"{who}, trained on real data; its accuracy was not measured."
+        reached = f", reaches {top1.percent()} top-1{where}" if top1 else "; its accuracy was not measured"
+        return f"{who}, trained on real data{reached}."
     trained = "from synthetic images" if source.kind == "distill" else text(source.fact("trained_on")) or "as a control"
     if top1 is None:
         held = numbers["holdout_agreement"]
-        said = f"{who} agrees with its teacher on {held.percent()} of held-out synthetic images{seeds}" if held else who
+        said = f"{who} agrees with its teacher on {held.percent()} of held-out synthetic images" if held else who
         return f"{said}; its accuracy on real data was not measured."
-    words = f"{who}, trained {trained}, reaches {top1.percent()} top-1 on real test data{f' ({data})' if data else ''}{seeds}"
+    where = f"real test data ({data})" if data else "real test data"
+    words = f"{who}, trained {trained}, reaches {top1.percent()} top-1 on {where}{seeds}"
     if teacher is not None:
         kept = numbers["retention"]
-        words += f"; its teacher {teacher.percent() if teacher.std else Figure(teacher.mean).percent()}"
+        words += f"; its teacher {teacher.percent()}"
         words += f", so {kept.percent()} of the teacher's accuracy is kept" if kept else ""
     words += "."
     other = control["top1"]
@@ -122,10 +125,12 @@ def _warnings(
 ) -> list[str]:
     found: list[str] = []
     if not source.complete:
-        found.append(f"not finished: {len(source.results)} of {source.planned} trainings have a result; go on with --resume")
+        done = f"{len(source.results)} of {source.planned} trainings have a result"
+        found.append(f"not finished: {done}; go on with --resume")
     top1, other = numbers["top1"], control["top1"]
-    if top1 and other and top1.mean <= other.mean + 2 * (top1.std or 0.0):
-        found.append("the control is as good as the student: these images show no benefit over it")
+    noise = (text((source.control or {}).get("trained_on")) or "").startswith("noise")
+    if noise and top1 and other and top1.mean <= other.mean + 2 * (top1.std or 0.0):
+        found.append("a student trained on noise is as good: these images show no benefit over it")
     if source.kind == "distill" and top1 is not None:
         if len(source.results) == 1:
             found.append("one seed only: the spread between runs is not known (--seeds 3)")
@@ -135,8 +140,6 @@ def _warnings(
         found.append("the student is above its teacher: check that both saw the same test data")
     for result in [*source.results, *([source.control] if source.control else [])]:
         found += warning_lines(result.get("warnings"))
-    for record in source.members:
-        found += warning_lines(record.get("notes"))
     return same_order(found + source.notes)
 
 
@@ -146,43 +149,44 @@ def _scores(
     """The table teacher / student / control, one measure per row, each with the data that it was measured on."""
     alone = source.kind == "teach"
     has_control = any(control.values())
-    data = text(source.fact("eval_data") or (source.fact("data") if alone else None))
     rows: list[list[object]] = []
     for key, name, share, real in _ROWS:
         ours = numbers[key]
         if ours is None:
             continue
-        cells: list[object] = [name]
+        cells: list[object] = [join([name, where_badge(real)])]
         if not alone:
             cells.append(teacher.percent() if key == "top1" and teacher else "")
         cells.append(el("span", ours.percent() if share else ours.plain(), class_="lead" if key == "top1" else None))
         if has_control:
             theirs = control[key]
             cells.append("" if theirs is None else theirs.percent() if share else theirs.plain())
-        rows.append([*cells, where_badge(real)])
+        rows.append(cells)
     if not rows:
         return None
-    rows.append(_trainings(source, alone, has_control))
+    rows.append(["trainings (n)", *([] if alone else [""]), str(len(source.results)), *(["1"] if has_control else [])])
     head = ["", *([] if alone else ["teacher"]), "model" if alone else "student", *(["control"] if has_control else [])]
-    held = number(source.fact("holdout_images"))
-    under = [f"Real test data: {data}." if data and numbers["top1"] else None]
-    under.append(f"Synthetic images: {int(held):,} of the bank, kept out of training." if held else None)
-    note = " ".join(filter(None, under))
-    return el("div", el("h3", "Results"), table([*head, "measured on"], rows), el("p", note, class_="soft") if note else None)
+    note = _provenance(source, numbers["top1"] is not None)
+    return el("div", el("h3", "Results"), table(head, rows), el("p", note, class_="soft") if note else None)
 
 
-def _trainings(source: RunSource, alone: bool, has_control: bool) -> list[object]:
-    """The row that says how many trainings a column stands for, and on what they trained."""
-    images = number(source.fact("images"))
-    trained = text(source.fact("trained_on") if not alone else source.fact("data")) or ""
+def _provenance(source: RunSource, measured: bool) -> str:
+    """What the columns were trained on and what the rows were measured on."""
+    alone = source.kind == "teach"
+    images, held = number(source.fact("images")), number(source.fact("holdout_images"))
+    trained = text(source.fact("data" if alone else "trained_on"))
     if trained == "bank" and images is not None:
-        trained = f"{int(images):,} images of the bank"
-    count = len(source.results)
-    row: list[object] = ["trained on", *([] if alone else [""])]
-    row.append(f"{trained}{', ' if trained else ''}n = {count}")
-    if has_control:
-        row.append(f"{text((source.control or {}).get('trained_on')) or ''}, n = 1".lstrip(", "))
-    return [*row, ""]
+        trained = f"{int(images):,} images of the bank {text(source.fact('bank')) or ''}".rstrip()
+    data = text(source.fact("eval_data") or (source.fact("data") if alone else None))
+    other = text((source.control or {}).get("trained_on"))
+    n = number(source.fact("eval_images"))
+    said = [
+        f"{'Model' if alone else 'Student'}: trained on {trained}." if trained else "",
+        f"Control: trained on {other}, with the same number of steps." if other else "",
+        f"Real test data: {data}{f', {int(n):,} images' if n else ''}." if data and measured else "",
+        f"Synthetic images: {int(held):,} of the bank, kept out of training." if held else "",
+    ]
+    return " ".join(filter(None, said))
 
 
 def _config(source: RunSource) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def _lines(source: RunSource, key: str, label: str = "") -> list[Line]:
         name = " ".join(filter(None, [label, curve.name if len(source.curves) > 1 or not label else ""]))
         found.append(line(curve.records, key, name or curve.name, SEED_COLOURS[i]))
     if source.control_curve is not None:
-        found.append(line(source.control_curve.records, key, " ".join(filter(None, [label, "control"])), CONTROL_COLOUR, True))
+        found.append(line(source.control_curve.records, key, f"{label} control".strip(), CONTROL_COLOUR, dashed=True))
     return found
 
 
@@ -207,7 +211,8 @@ def _curves(source: RunSource, teacher: Figure | None) -> list[Markup | None]:
     cut = f" First {shown} of {many} seeds." if many > shown else ""
     data = "real data" if source.kind == "teach" else "the training images (of the control: its own)"
     return [
-        line_chart("Training loss", _lines(source, "loss"), x_label="step", note=f"Mean of each epoch.{cut}"),
+        line_chart("Training loss", _lines(source, "loss"), x_label="step", wide=True,
+                   note=f"Mean of each epoch.{cut}"),
         line_chart("Top-1 on real test data", _lines(source, "top1"), x_label="step", percent=True, levels=levels,
                    note=f"Only looked at: nothing is chosen by it.{cut}"),
         line_chart("Training accuracy", _lines(source, "train_top1"), x_label="step", percent=True,
@@ -216,7 +221,7 @@ def _curves(source: RunSource, teacher: Figure | None) -> list[Markup | None]:
                    note=f"With the teacher, on {data}.{cut}"),
         line_chart("Agreement on held-out images", _lines(source, "holdout_agreement"), x_label="step", percent=True,
                    note=f"With the teacher, on synthetic images kept out of training.{cut}"),
-        line_chart("KL on held-out images", _lines(source, "holdout_kl"), x_label="step", zero=True,
+        line_chart("KL on held-out images", _lines(source, "holdout_kl"), x_label="step", zero=True, wide=True,
                    note=f"KL(teacher ‖ student) in nats, synthetic images kept out of training.{cut}"),
         line_chart("Learning rate", _first(source.curves), x_label="step", zero=True),
     ]  # fmt: skip

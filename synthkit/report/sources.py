@@ -127,7 +127,8 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except BankError as error:  # the guarded reader speaks of banks; here a run's record is meant
-        raise UsageError(f"report: {path} is damaged ({error})", hint="remove or mend it, or leave the run out") from error
+        hint = "mend or remove that file, or leave this run out"
+        raise UsageError(f"report: {path} cannot be used ({error})", hint=hint) from error
 
 
 def read_metrics(path: Path) -> tuple[list[Record], list[str]]:

@@ -62,6 +62,7 @@ class Axes:
     y_high: float
     left: float = 44
     percent: bool = False
+    log: bool = False
     y_ticks: list[float] = field(default_factory=list)
 
     def px(self, x: float) -> float:
@@ -70,7 +71,8 @@ class Axes:
 
     def py(self, y: float) -> float:
         """Vertical place of `y`."""
-        return TOP + (self.y_high - y) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+        low, high, at = (math.log(v) if self.log else v for v in (self.y_low, self.y_high, y))
+        return TOP + (high - at) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def label(self, y: float) -> str:
         """`y` as the axis and the points name it."""
@@ -79,7 +81,7 @@ class Axes:
 
 def line_chart(
     title: str, lines: Sequence[Line], *, x_label: str, note: str = "", percent: bool = False,
-    bands: Sequence[Band] = (), levels: Sequence[Level] = (), zero: bool = False,
+    bands: Sequence[Band] = (), levels: Sequence[Level] = (), zero: bool = False, wide: bool = False,
 ) -> Markup | None:  # fmt: skip
     """A figure of curves; None where no curve has two points (a single value belongs in a table).
 
@@ -87,11 +89,16 @@ def line_chart(
         note: what is measured and on what, below the title.
         percent: values are shares, shown in percent.
         zero: the vertical axis begins at 0.
+        wide: positive values that span more than a factor of 20 get a logarithmic axis.
     """
     lines = [thin(line) for line in lines if len(line.x)]
     if not any(len(line.x) > 1 for line in lines):
         return None
-    axes = _axes(lines, bands, levels, percent, zero)
+    values = [y for line in lines for y in line.y]
+    if wide and min(values) > 0 and max(values) > 20 * min(values):
+        axes, note = _log_axes(lines), f"{note} Logarithmic axis.".strip()
+    else:
+        axes = _axes(lines, bands, levels, percent, zero)
     parts: list[Markup] = _frame(axes, x_label)
     for band in bands:
         there = [(axes.px(x), axes.py(y)) for x, y in zip(band.x, band.high, strict=True)]
@@ -108,7 +115,7 @@ def line_chart(
         if len(places) <= 60:
             parts += _dots(line, places, axes, x_label)
     legend = [_key(line.name, line.colour, axes.label(line.y[-1]), line.dashed) for line in lines]
-    legend += [_key(band.name, band.colour, "", kind="area") for band in bands]
+    legend += [_key(b.name, b.colour, "", kind="area deep" if i else "area") for i, b in enumerate(bands)]
     legend += [_key(level.name, level.colour, axes.label(level.y), kind="level") for level in levels]
     return _figure(title, note, legend, parts, HEIGHT)
 
@@ -129,7 +136,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         return [low]
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.75)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -150,6 +157,20 @@ def _axes(lines: Sequence[Line], bands: Sequence[Band], levels: Sequence[Level],
     if x_low == x_high:
         x_low, x_high = x_low - 0.5, x_high + 0.5
     axes = Axes(x_low, x_high, y_low, y_high, percent=percent, y_ticks=ticks(y_low, y_high))
+    axes.left = 12 + 6.4 * max((len(axes.label(y)) for y in axes.y_ticks), default=3)
+    return axes
+
+
+def _log_axes(lines: Sequence[Line]) -> Axes:
+    xs = [x for line in lines for x in line.x]
+    ys = [y for line in lines for y in line.y]
+    low, high = min(ys) / 1.2, max(ys) * 1.2
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if high < 300 * low else (1,)
+    every = max(1, len(powers) // 6)
+    marks = [m * 10.0**p for p in powers[::every] for m in factors]
+    x_high = max(xs) if max(xs) > min(xs) else min(xs) + 1
+    axes = Axes(min(xs), x_high, low, high, log=True, y_ticks=[m for m in marks if low <= m <= high])
     axes.left = 12 + 6.4 * max((len(axes.label(y)) for y in axes.y_ticks), default=3)
     return axes
 
