@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +17,6 @@ if TYPE_CHECKING:
     from synthkit.models.build import LoadedModel
     from synthkit.models.view import TeacherView
     from synthkit.runtime import Runtime
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run `synthkit evaluate ARGV...`; returns the exit code. Errors are raised as `SynthkitError`."""
-    from synthkit.config.parse import parse_command_line
-
-    as_json = "--json" in argv
-    parsed = parse_command_line("evaluate", [word for word in argv if word != "--json"])
-    if parsed.text is not None:
-        print(parsed.text)
-        return 0
-    result = run(parsed.config, quiet=as_json)
-    if as_json and result["rank"] == 0:
-        print(json.dumps(result, indent=1))
-    return 0
 
 
 def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:

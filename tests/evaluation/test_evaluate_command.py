@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from synthkit.bank import Bank, BankSpec, BankWriter
-from synthkit.cli.evaluate import main, run
+from synthkit.cli.evaluate import run
+from synthkit.cli.main import main
 from synthkit.config.schema import EvaluateConfig, RuntimeConfig
 from synthkit.distillation.sources import split_holdout
 from synthkit.errors import DataError, OutputExistsError, UsageError
@@ -78,7 +79,7 @@ def test_figures_are_those_of_the_library(files):
 
 
 def test_json_on_the_command_line(files, capsys):
-    words = ["--model", str(files / "student"), "--data", f"npz:{files}/data.npz", "--runtime.device", "cpu"]
+    words = ["evaluate", "--model", str(files / "student"), "--data", f"npz:{files}/data.npz", "--device", "cpu"]
     assert main([*words, "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out)["metrics"]["n"] == 60
