@@ -58,7 +58,7 @@ class Runtime:
             torch.set_num_threads(config.threads)
         bf16_ok = device == "cuda" and torch.cuda.is_bf16_supported()
         precision = config.precision if config.precision != "auto" else ("bf16" if bf16_ok else "fp32")
-        trackers = [t.strip() for t in (config.tracker or "").split(",") if t.strip()]
+        trackers: list[Any] = [t.strip() for t in (config.tracker or "").split(",") if t.strip()]
         _forget_other_state(device == "cpu", "bf16" if precision == "bf16" else "no")
         accelerator = Accelerator(
             cpu=device == "cpu",
@@ -75,7 +75,7 @@ class Runtime:
             raise RunError(
                 f"{config.world} processes were asked for (runtime.world)",
                 got=accelerator.num_processes,
-                hint="start with `torchrun --nproc_per_node N -m synthkit ...` (`accelerate launch --cpu` runs only one)",
+                hint="start with `torchrun --nproc_per_node N -m synthkit ...`; `accelerate launch --cpu` starts one",
             )
         if trackers:
             accelerator.init_trackers("synthkit")

@@ -51,7 +51,7 @@ class ModelView:
             raise ModelError(f"{name}: std must be positive", got=list(std))
         self.module = module
         self.mean, self.std = list(map(float, mean)), list(map(float, std))
-        self.input_size = tuple(input_size)
+        self.input_size: tuple[int, int, int] = (input_size[0], input_size[1], input_size[2])
         self.num_classes = num_classes
         self.class_names = list(class_names) if class_names else None
         self.name = name

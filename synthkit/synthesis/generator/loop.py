@@ -156,6 +156,7 @@ class GeneratorLoop:
             ),
             task.seed_of("student-init"),
         )
+        self.latent_shape: tuple[int, ...] = generator.latent_shape  # type: ignore[assignment]  # of our generators
         self.generator = generator.to(self.device)
         self.student_view = ModelView(
             student,
@@ -184,7 +185,7 @@ class GeneratorLoop:
     def _student_arch(self) -> str:
         if self.config.student != "auto":
             return self.config.student
-        arch = self.task.extra.get("teacher_arch", "")
+        arch = str(self.task.extra.get("teacher_arch", ""))
         return STUDENTS.get(arch, arch)
 
     # ---- what a method defines -------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class GeneratorLoop:
 
     def latents(self, n: int, rng: torch.Generator) -> Tensor:
         """z ~ N(0, I), (n, nz), or (n, nz, side, side) for generators of spatial noise."""
-        return torch.randn(n, *self.generator.latent_shape, generator=rng, device=self.device)
+        return torch.randn(n, *self.latent_shape, generator=rng, device=self.device)
 
     def _collect(self, n: int) -> ImageBatch:
         modes = self.generator.training, self.student_view.module.training
