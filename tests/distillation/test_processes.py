@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from synthkit.cli.main import main
+
 SCRIPT = """
 import sys
 from synthkit.distillation import trainer
@@ -29,10 +31,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def run(words: list[str], *launcher: str) -> None:
-    command = [sys.executable, *(launcher or ("-c", SCRIPT)), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Bits depend on the number of threads: this process computes as the others do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def distill_words(workshop, *more: str) -> list[str]:
@@ -43,7 +48,7 @@ def test_killed_and_resumed_is_bit_identical(workshop, tmp_path):
     """kill -9 of a real process at two moments, then --resume: the bytes of an uninterrupted run."""
     words = distill_words(workshop, "--student", "lenet5_half_bn", "--steps", "40", "--augment", "shift", "--resume")
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    run([*words, "--out", str(whole)])
+    assert main([*words, "--out", str(whole)]) == 0
     for wanted in (7, 21):
         command = [sys.executable, "-c", SCRIPT, *words, "--out", str(out)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment())
@@ -55,7 +60,7 @@ def test_killed_and_resumed_is_bit_identical(workshop, tmp_path):
             time.sleep(0.001)
         assert process.wait(60) == -signal.SIGKILL
     assert not (out / "student.safetensors").exists()
-    run([*words, "--out", str(out)])
+    assert main([*words, "--out", str(out)]) == 0
     assert (out / "student.safetensors").read_bytes() == (whole / "student.safetensors").read_bytes()
     records = [
         [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (p / "metrics.jsonl").open()]
@@ -69,9 +74,20 @@ def test_two_processes_train_the_same_student_as_one(workshop, tmp_path):
     """20 steps of a network without BatchNorm, the same global batch: equal to 1e-5."""
     words = distill_words(workshop, "--student", "lenet5_half", "--steps", "20", "--augment", "shift")
     words += ["--optimizer", "sgd", "--lr", "0.02"]
-    run([*words, "--out", str(tmp_path / "one")])
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "synthkit.cli.main"]
-    run([*words, "--world", "2", "--out", str(tmp_path / "two")], *launcher)
+    assert main([*words, "--out", str(tmp_path / "one")]) == 0
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "synthkit.cli.main",
+    ]
+    command = [*launcher, *words, "--world", "2", "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
+    assert done.returncode == 0, done.stderr
     one, two = (load_file(str(tmp_path / n / "student.safetensors")) for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
