@@ -29,6 +29,7 @@ DATASETS: dict[str, str] = {
     "imagefolder": "one folder per class, optionally with train/ and test/ (or val/) below",
     "parquet": "Hugging Face image parquet: FILE or glob, or a folder with train*/test* files",
     "hf": "a Hugging Face dataset by name (needs `datasets`)",
+    "npz": "an .npz file with images and labels (or x_train, y_train, x_test, y_test)",
     "bank": "a synthkit bank",
 }
 

@@ -365,7 +365,8 @@ class GeneratorLoop:
                 hint="lower --method.lr or --method.lr_g, or the weight of that term",
             )
         balance = self.class_balance()
-        if self.task.warn and balance < 0.7:
+        grown = self.step >= self.config.store_from * self.total_steps  # a young generator is expected to be one-sided
+        if self.task.warn and grown and balance < 0.7:
             shares = (self.histogram.double() / self.histogram.sum()).tolist()
             missing = [i for i, s in enumerate(shares) if s < 0.1 / len(shares)]
             self.task.warn(
