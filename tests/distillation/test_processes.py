@@ -75,19 +75,16 @@ def test_two_processes_train_the_same_student_as_one(workshop, tmp_path):
     words = distill_words(workshop, "--student", "lenet5_half", "--steps", "20", "--augment", "shift")
     words += ["--optimizer", "sgd", "--lr", "0.02"]
     assert main([*words, "--out", str(tmp_path / "one")]) == 0
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "synthkit.cli.main",
-    ]
-    command = [*launcher, *words, "--world", "2", "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
-    assert done.returncode == 0, done.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "synthkit.cli.main", *words, "--world", "2", "--out", str(tmp_path / "two")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        _, errors = process.communicate(timeout=250)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # on this signal, and only on it, the launcher ends its ranks
+        process.wait(30)
+        raise
+    assert process.returncode == 0, errors
     one, two = (load_file(str(tmp_path / n / "student.safetensors")) for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5)
