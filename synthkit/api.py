@@ -23,8 +23,8 @@ def synthesize(method: str = "cudfkd", *, teacher: PathLike, **options: Any) -> 
     """Make a bank of images from a trained classifier.
 
     `options` are fields of `SynthesizeConfig` (`curriculum`, `images`, `out`, `seed`, ...), of the method's own config
-    (`lr_g`, `epochs`, ...; where both have a name, write `method={...}`), of the runtime (`device`, `threads`, ...),
-    or `config`, a recipe below them.
+    (`lr_g`, `epochs`, ...; `**{"method.NAME": value}` where both have that name), of the runtime (`device`,
+    `threads`, ...), or `config`, a recipe below them.
 
     Raises:
         ConfigError: unknown or ill-typed option.

@@ -97,8 +97,9 @@ def describe(config: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
         for field_node, text_node in zip(statements, statements[1:], strict=False):
-            is_field = isinstance(field_node, ast.AnnAssign) and isinstance(field_node.target, ast.Name)
-            if is_field and isinstance(text_node, ast.Expr) and isinstance(text_node.value, ast.Constant):
+            if not (isinstance(field_node, ast.AnnAssign) and isinstance(field_node.target, ast.Name)):
+                continue
+            if isinstance(text_node, ast.Expr) and isinstance(text_node.value, ast.Constant):
                 found[field_node.target.id] = " ".join(str(text_node.value.value).split())
     return found
 

@@ -107,13 +107,14 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config, `method`/`loss` as `{name: ..., options}`; `parse_config` takes it back."""
     plain: dict[str, Any] = {}
     for entry in fields(config):
-        value = getattr(config, entry.name)
+        value: Any = getattr(config, entry.name)
         if entry.name in ("method_name", "loss_name"):
             continue
         if is_dataclass(value) and not isinstance(value, type):
             value = config_to_dict(value)
         if entry.name in ("method", "loss") and hasattr(config, f"{entry.name}_name"):
-            value = {"name": getattr(config, f"{entry.name}_name"), **(value or {})}
+            name = {"name": getattr(config, f"{entry.name}_name")}
+            value = name | value if isinstance(value, dict) else name
         plain[entry.name] = list(value) if isinstance(value, tuple) else value
     return plain
 
@@ -301,14 +302,13 @@ class _Build:
                 if option.name.rpartition(".")[0] != prefix.removesuffix("."):
                     continue
                 text = texts.get(option.name.rpartition(".")[2], "") or " "
-                details = {"required": True} if option.required else {"default": option.default}
+                details: dict[str, Any] = {"required": True} if option.required else {"default": option.default}
                 if describe_fields:
                     details["metavar"] = _metavar(option)
-                action = group.add_argument(f"--{option.name}", type=option.type, help=text, **details)
-                if prefix == "runtime." and option.name.removeprefix(prefix) not in self.options:
-                    action.option_strings = [
-                        f"--{option.name.removeprefix(prefix)}"
-                    ]  # the short form, for the help page
+                action: Any = group.add_argument(f"--{option.name}", type=option.type, help=text, **details)
+                short = option.name.removeprefix(prefix)
+                if prefix == "runtime." and short not in self.options:
+                    action.option_strings = [f"--{short}"]  # what the help page shows
         return parser
 
     def _sections(self) -> list[tuple[str, type, str]]:
