@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank.card import method_of
+from synthkit.errors import BankError
 from synthkit.report.grid import grid_png
 from synthkit.report.markup import Markup, badge, clean, details, el, facts, join, table
-from synthkit.report.numbers import Figure, number, short
+from synthkit.report.numbers import LARGEST, Figure, number, short
 from synthkit.report.parts import (
     Part,
     charts,
@@ -139,7 +140,7 @@ def _scores(
     if agreement is not None:
         rows.append(["agreement with the teacher", "", agreement, where_badge(True)])
     card = source.info["teacher"].get("accuracy")
-    for name, value in (card.items() if isinstance(card, dict) else [("", card)]):
+    for name, value in card.items() if isinstance(card, dict) else [("", card)]:
         share = percent(value)
         if share is not None:
             rows.append([f"top-1 {clean(name, 60)}".strip(), share, "", badge("claimed by its card", "plain")])
@@ -171,6 +172,12 @@ def _picture(source: BankSource, per_class: int, max_classes: int) -> Markup | N
     bank = source.bank
     if not len(bank):
         return None
+    if bank.has("labels"):
+        labels = bank.column("labels")
+        if labels.min() < 0 or labels.max() >= bank.num_classes:
+            hint = f"see: synthkit bank verify --deep {bank.path}"
+            raise BankError(f"{bank.path}: labels lie outside the classes", got=f"{labels.min()} to {labels.max()}",
+                            hint=hint)  # fmt: skip
     picture, columns, rows = b"", per_class, max_classes
     for most in ((100, 100), (10, 10), (8, 8), (5, 6), (4, 4)):
         columns, rows = min(per_class, most[0]), min(max_classes, most[1])
@@ -209,6 +216,10 @@ def _difficulty(source: BankSource) -> Markup | None:
     values = bank.column("difficulty").astype(np.float64)
     by_step = bank.has("origin_step")
     place = bank.column("origin_step").astype(np.float64) if by_step else np.arange(len(bank), dtype=np.float64)
+    usable = np.abs(values) < LARGEST  # false for NaN too: a stranger's bank is not checked deeply here
+    place, values = place[usable], values[usable]
+    if not len(values):
+        return None
     x, quantiles, mean = binned(place, values)
     low, first, median, third, high = quantiles
     return line_chart(
@@ -278,7 +289,7 @@ def _adversarial(source: BankSource) -> Line | None:
     found = [number(method.get(key)) for key in ("epochs", "adv", "grad_adv", "begin", "end")]
     if any(v is None for v in found):
         return None
-    epochs, start, growth, begin, end = (float(v) for v in found if v is not None)
+    epochs, start, growth, begin, end = (min(1e9, max(-1e9, v)) for v in found if v is not None)
     if recipe.get("curriculum") in ("weights-only", "none"):
         growth = 0.0
     records = [r for r in source.metrics if "epoch" in r and "step" in r]

@@ -8,16 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST, SMALLEST = 1e30, 1e-30  # beyond them a figure from a file is nonsense, and axes would overflow
+
 
 def number(value: object) -> float | None:
-    """`value` where it is a finite number, else None."""
+    """`value` where it is a finite number of a sane size (below 1e-30 it is 0), else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    if not math.isfinite(found) or abs(found) > LARGEST:
+        return None
+    return found if abs(found) > SMALLEST else 0.0
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ def check_out(target: Path) -> None:
 
 def is_report(path: Path) -> bool:
     """Whether `path` is a page that `report` wrote."""
-    if not path.is_file():
+    if not path.is_file() or not os.access(path, os.R_OK):
         return False
     with open(path, "rb") as stream:
-        return stream.read(len(_START)) == _START.encode()
+        return stream.read(len(_START.encode())) == _START.encode()
 
 
 def _page(parts: list[Part], title: str | None) -> str:

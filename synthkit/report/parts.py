@@ -117,7 +117,8 @@ def environment(record: dict[str, Any], *others: dict[str, Any]) -> Markup | Non
         found = next((r[key] for r in records if isinstance(r.get(key), dict) and r[key]), {})
         for name, value in flat(found) if found else []:
             memory = number(found.get(name)) if name == "gpu_memory" else None
-            rows.append((name.replace("_", " "), value if memory is None else format_bytes(memory)))
+            if value != "none":
+                rows.append((name.replace("_", " "), value if memory is None else format_bytes(memory)))
     listed = facts(rows)
     return details("Versions, hardware, time and memory", listed) if listed is not None else None
 

@@ -99,7 +99,8 @@ def verdict(
         where = f" on real test data ({data})" if data else " on real test data"
         reached = f", reaches {top1.percent()} top-1{where}" if top1 else "; its accuracy was not measured"
         return f"{who}, trained on real data{reached}."
-    trained = "from synthetic images" if source.kind == "distill" else text(source.fact("trained_on")) or "as a control"
+    other = text(source.fact("trained_on"))
+    trained = "from synthetic images" if source.kind == "distill" else f"on {other}" if other else "as a control"
     if top1 is None:
         held = numbers["holdout_agreement"]
         said = f"{who} agrees with its teacher on {held.percent()} of held-out synthetic images" if held else who

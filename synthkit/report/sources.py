@@ -135,21 +135,27 @@ def read_metrics(path: Path) -> tuple[list[Record], list[str]]:
     """The finite numbers of each record of a metrics.jsonl, and what there is to say about the file.
 
     A torn last line (a killed run) is normal and left out in silence.
+
+    Raises:
+        UsageError: the file is there and cannot be read.
     """
     if not path.is_file():
         return [], []
     records: list[Record] = []
     broken, cut = 0, False
-    with open(path, "rb") as stream:
-        while line := stream.readline(MOST_LINE):
-            if len(records) >= MOST_RECORDS:
-                cut = True
-                break
-            found = _numbers(line)
-            if found is not None:
-                records.append(found)
-            elif line.endswith(b"\n") and line.strip():
-                broken += 1
+    try:
+        with open(path, "rb") as stream:
+            while line := stream.readline(MOST_LINE):
+                if len(records) >= MOST_RECORDS:
+                    cut = True
+                    break
+                found = _numbers(line)
+                if found is not None:
+                    records.append(found)
+                elif line.endswith(b"\n") and line.strip():
+                    broken += 1
+    except OSError as error:
+        raise UsageError(f"report: {path} cannot be read: {error.strerror}", hint="check its permissions") from error
     notes = [f"{path.name}: {broken} lines cannot be read and are left out"] if broken else []
     return records, notes + ([f"{path.name}: only the first {MOST_RECORDS:,} records are shown"] if cut else [])
 
@@ -190,6 +196,8 @@ def _load_run(place: Path) -> RunSource:
         name = folder.name.replace("seed", "seed ") if seeds else _curve_name(result, members[-1])
         curves.append(Curve(name=name, records=records))
         results += [result] if result else []
+    if not results:  # the summary of several seeds may have been copied without their directories
+        results = _dicts(_record(place / "summary.json").get("runs"))
     config = record.get("config")
     planned = number(config.get("seeds")) if isinstance(config, dict) else None
     source = RunSource(
@@ -201,7 +209,13 @@ def _load_run(place: Path) -> RunSource:
         records, said = read_metrics(place / "control" / "metrics.jsonl")
         source.control_curve = Curve(name="control", records=records)
         source.notes += said
+    if source.control is None:
+        source.control = next(iter(_dicts([r.get("control") for r in results])), None)
     return source
+
+
+def _dicts(values: Any) -> list[dict[str, Any]]:
+    return [v for v in values[:MOST_SEEDS] if isinstance(v, dict) and v] if isinstance(values, list) else []
 
 
 def _kind(record: dict[str, Any], results: list[dict[str, Any]]) -> str:
