@@ -136,7 +136,6 @@ def bank_spec(config: SynthesizeConfig, loaded: LoadedModel, teacher: TeacherVie
         },
         teacher={
             "spec": config.teacher,
-            "path": str(loaded.path.resolve()) if loaded.path else None,
             "arch": card.arch,
             "sha256": loaded.sha256,
             "accuracy": card.accuracy,
@@ -227,7 +226,7 @@ class Run:
             "warnings": self.warnings,
         }
         student = self.method.student()
-        if student is not None and self.evaluation:
+        if student is not None and self.evaluation and self.method.step >= self.method.total_steps:
             result["student"] = {**self.evaluation(student), "teacher_top1": self.evaluation.teacher_top1}
         self.dir.write_json("run.json", {**record, **result})
         say(self.runtime, f"bank {self.writer.path}: {self.config.images} images in {format_seconds(seconds)}")
@@ -237,17 +236,15 @@ class Run:
         found = self.writer.load_state()
         first = found[0] if found else 0
         self.ahead = sum(1 for index in entries(self.writer.path / "state") if index > first)
+        self.logged = max((record.get("step", 0) for record in self.dir.metrics()), default=0)
         if found is None:
-            self.dir.truncate_metrics(lambda record: False)
             return 0
         index, arrays, meta = found
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
         pending = {name: tensors.pop(f"pending/{name}") for name in COLUMNS if f"pending/{name}" in tensors}
         self.pending = {name: [pending[name].numpy()] if name in pending else [] for name in COLUMNS}
         self.method.load_state_dict(unflatten_state(tensors, meta["plain"]))
-        step = self.method.step
-        self.dir.truncate_metrics(lambda record: record.get("step", 0) <= step)
-        say(self.runtime, f"resuming at shard {index} of {self.writer.shards}, step {step}")
+        say(self.runtime, f"resuming at shard {index} of {self.writer.shards}, step {self.method.step}")
         return index
 
     def _announce(self) -> None:
@@ -267,6 +264,7 @@ class Run:
             )
 
     def _shards(self, first: int, batches: Iterator[ImageBatch]) -> None:
+        missing = set(self.writer.missing())  # after a repair: lost shards among whole ones
         for index in range(first, self.writer.shards):
             size = self.writer.shard_size(index)
             while self._pending_images() < size:
@@ -288,8 +286,12 @@ class Run:
                 self._save_student()
             shard = {name: values[:size] for name, values in columns.items()}
             shard["origin_seed"] = np.full(size, self.config.seed, np.uint64)
-            self.writer.write_shard(index, shard, {"step": self.method.step})
+            if index in missing:
+                self.writer.write_shard(index, shard, {"step": self.method.step})
+                missing.discard(index)
             self.writer.prune_states(keep=1 if last else 2 + self.ahead)
+            if not missing:
+                return
 
     def _pending_images(self) -> int:
         return sum(len(part) for part in self.pending["images"])
@@ -350,7 +352,8 @@ class Run:
         ).save(folder / "card.yaml")
 
     def _log(self, record: dict[str, Any]) -> None:
-        self.dir.log(record)
+        if record.get("step", 0) > self.logged:  # steps that a killed run had logged already come again
+            self.dir.log(record)
         shown = {k: v for k, v in record.items() if k in ("kd", "g_loss", "class_balance", "test_top1")}
         self.bar.update(0, **shown)
 
