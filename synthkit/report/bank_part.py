@@ -59,7 +59,7 @@ def bank_part(source: BankSource, *, per_class: int = 10, max_classes: int = 20)
             ("class balance (1 is even)", short(info["balance"]) if info["balance"] is not None else None),
             ("top-1 of the co-trained student", percent(student.mean) if student else None),
             ("of the teacher's top-1 kept", percent(retention.mean) if retention else None),
-            ("time to make it", format_seconds(seconds) if seconds is not None else None),
+            ("time to make it", format_seconds(seconds) if seconds else None),
             ("on disk", format_bytes(info["bytes"])),
         ]),
         _scores(source, student, teacher, retention, measured),
@@ -227,7 +227,7 @@ def _difficulty(source: BankSource) -> Markup | None:
         [Line("mean", x, mean, 0), Line("median", x, median, 2, dashed=True)],
         bands=[Band("10 to 90 %", x, low, high, 0), Band("25 to 75 %", x, first, third, 0)],
         x_label="step that made the image" if by_step else "image, in stored order",
-        note="As stored with each synthetic image; higher is harder for the student of that moment.",
+        note="As stored with each image; higher is harder for the student of that moment.",
     )
 
 
@@ -263,7 +263,7 @@ def _shard_counts(source: BankSource) -> np.ndarray | None:
 
 def _balance_map(source: BankSource) -> Markup | None:
     counts = _shard_counts(source)
-    if counts is None:
+    if counts is None or len(counts) < 2:
         return None
     together = "parts of neighbouring shards" if len(source.bank.sidecars) > MOST_BINS else "shards"
     label = "part of the bank" if len(source.bank.sidecars) > MOST_BINS else "shard"

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from synthkit import __version__
-from synthkit.errors import OutputExistsError, UsageError
+from synthkit.errors import OutputExistsError, StorageError, UsageError
 from synthkit.report.bank_part import bank_part
 from synthkit.report.markup import Markup, clean, el, join, table
 from synthkit.report.parts import Part
 from synthkit.report.run_part import run_part
 from synthkit.report.sources import BankSource, load
 from synthkit.report.style import style
-from synthkit.runtime import atomic_write, storage_errors
+from synthkit.runtime import atomic_write
 
 MARKER = "<!-- synthkit report 1 -->"
 """What tells a report from any other file: only a file that begins with it is ever replaced."""
@@ -49,9 +49,11 @@ def report(
     target = Path(out)
     check_out(target)
     data = build(paths, title=title, per_class=per_class, max_classes=max_classes).encode()
-    with storage_errors(target):
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, data)
+        atomic_write(target, data)
+    except OSError as error:  # atomic_write names a full disk and missing permission itself
+        raise StorageError(f"report: cannot write {target}: {error.strerror}", hint="choose another --out") from error
     return target
 
 

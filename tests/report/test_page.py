@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from synthkit.cli.report import main
-from synthkit.errors import BankError, OutputExistsError, UsageError
+from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 from synthkit.report import report
 from synthkit.report.page import MARKER, build, is_report
 
@@ -386,6 +386,17 @@ def test_only_a_report_is_replaced(tmp_path):
     (tmp_path / "gone.html").symlink_to(tmp_path / "nowhere.html")
     with pytest.raises(OutputExistsError):
         report(bank, tmp_path / "gone.html")
+
+
+def test_a_place_that_cannot_be_written_is_a_typed_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(5, "Input/output error")
+
+    bank = make_bank(tmp_path / "toy")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(StorageError, match="cannot write .*r.html: Input/output error"):
+        report(bank, tmp_path / "r.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["toy"]
 
 
 def test_nothing_is_written_when_the_input_is_wrong(tmp_path):
