@@ -353,7 +353,7 @@ class SynthesizerContract:
             config = self.engine_config(tmp_path, f"killed{number}")
             for nth in calls:
                 with monkeypatch.context() as patch, pytest.raises(Killed):
-                    patch.setattr(owner, function, _dies(getattr(owner, function), nth))
+                    patch.setattr(owner, function, dies_at(getattr(owner, function), nth))
                     engine.synthesize(config)
                 config = self.engine_config(tmp_path, f"killed{number}", resume=True)
                 report = Bank(config.out).verify(deep=True)
@@ -363,7 +363,7 @@ class SynthesizerContract:
             assert bank.complete and bank.verify(deep=True).ok
 
 
-def _dies(function: Any, nth: int) -> Any:
+def dies_at(function: Any, nth: int) -> Any:
     """`function`, which at its call number `nth` (from 1) raises `Killed` instead of returning to its caller."""
     calls = 0
 

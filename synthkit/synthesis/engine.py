@@ -183,6 +183,7 @@ class Run:
         self.dir = RunDir(writer.path)
         self.pending: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self.warnings: dict[str, int] = {}
+        self.first_warnings: dict[str, str] = {}  # beginning of a warning -> its first full text, under which all count
         self.ahead = 0  # states of later shards, which a run that re-makes a lost shard must not push out
 
     def unfinished(self) -> bool:
@@ -216,11 +217,14 @@ class Run:
                 failed = {"status": "failed", "error": str(error), "warnings": self.warnings}
                 self.dir.write_json("run.json", {**record, **failed})
                 raise
+        steps = self.method.step - steps_before
+        if self.method.step < self.method.total_steps:
+            self._load_state()  # a repaired bank was whole again before the end; the state of the end may still be there
         seconds = time.monotonic() - start
         result: dict[str, Any] = {
             "status": "complete",
             "seconds": seconds,
-            "steps_per_second": (self.method.step - steps_before) / max(seconds, 1e-9),
+            "steps_per_second": steps / max(seconds, 1e-9),
             "resumed_from_shard": first or None,
             "peak_memory_bytes": peak_memory(),
             "warnings": self.warnings,
@@ -233,10 +237,16 @@ class Run:
 
     def resume(self) -> int:
         """Load the newest state that the committed shards reach; returns the first shard to make."""
-        found = self.writer.load_state()
-        first = found[0] if found else 0
+        first = self._load_state()
         self.ahead = sum(1 for index in entries(self.writer.path / "state") if index > first)
+        self.dir.truncate_metrics(lambda record: True)  # takes off a line that a killed run left torn
         self.logged = max((record.get("step", 0) for record in self.dir.metrics()), default=0)
+        if first:
+            say(self.runtime, f"resuming at shard {first} of {self.writer.shards}, step {self.method.step}")
+        return first
+
+    def _load_state(self) -> int:
+        found = self.writer.load_state()
         if found is None:
             return 0
         index, arrays, meta = found
@@ -244,7 +254,6 @@ class Run:
         pending = {name: tensors.pop(f"pending/{name}") for name in COLUMNS if f"pending/{name}" in tensors}
         self.pending = {name: [pending[name].numpy()] if name in pending else [] for name in COLUMNS}
         self.method.load_state_dict(unflatten_state(tensors, meta["plain"]))
-        say(self.runtime, f"resuming at shard {index} of {self.writer.shards}, step {self.method.step}")
         return index
 
     def _announce(self) -> None:
@@ -289,7 +298,7 @@ class Run:
             if index in missing:
                 self.writer.write_shard(index, shard, {"step": self.method.step})
                 missing.discard(index)
-            self.writer.prune_states(keep=1 if last else 2 + self.ahead)
+            self.writer.prune_states(keep=2 + self.ahead if missing else 1)
             if not missing:
                 return
 
@@ -359,9 +368,9 @@ class Run:
 
     def warn(self, text: str) -> None:
         """Say `text` (again at its 10th and 100th time) and count it for run.json."""
-        key = text.split(": ", 1)[-1][:40]
-        self.warnings[key] = self.warnings.get(key, 0) + 1
-        if self.warnings[key] in (1, 10, 100):
+        first = self.first_warnings.setdefault(text.split(": ", 1)[-1][:40], text)
+        self.warnings[first] = self.warnings.get(first, 0) + 1
+        if self.warnings[first] in (1, 10, 100):
             say(self.runtime, f"warning: {text}")
 
     def _evaluate_now(self, student: ModelView, epoch: int) -> dict[str, float] | None:
