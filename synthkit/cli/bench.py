@@ -9,6 +9,7 @@ from synthkit.errors import UsageError
 BENCHES = {
     "steps": "CPU seconds of CuDFKD's generator and KD step against the bare networks",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
+    "mixture": "which share of freshly generated images trains the best student from a bank",
     "pipeline": "synthesize and distill a recipe over seeds, with the noise control; one result JSON",
 }
 

@@ -71,8 +71,9 @@ class DistillConfig:
     """Weight of the cross-entropy term on the hard labels."""
     logits: Literal["auto", "live", "stored"] = "auto"
     """Teacher logits: live on the augmented image, or read from the bank; auto is live when a teacher is found."""
-    fresh: float = 0.0
-    """Share of every batch drawn anew from the bank's generator snapshots (needs a live teacher)."""
+    fresh: float | None = None
+    """Share of every batch drawn anew from the bank's generator snapshots (needs a live teacher); none is 0.5 where
+    the bank has snapshots and the teacher is live, else 0."""
     epochs: int | None = None
     """Passes over the bank; none follows the protocol."""
     steps: int | None = None

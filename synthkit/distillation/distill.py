@@ -98,9 +98,9 @@ def default_out(cfg: DistillConfig) -> Path:
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean, sample standard deviation and n over the seeds of every figure; the single results stand below `runs`."""
     figures = [k for k, v in results[0].items() if isinstance(v, float) and all(k in r for r in results)]
-    figures.remove("lr")
+    figures = [k for k in figures if k not in ("lr", "fresh")]
     first = results[0]
-    same = ("kind", "student", "teacher", "bank", "loss_name", "protocol")
+    same = ("kind", "student", "teacher", "bank", "loss_name", "protocol", "fresh")
     summary: dict[str, Any] = {k: first[k] for k in same if k in first}
     summary["n"] = len(results)
     for key in figures:
@@ -133,7 +133,7 @@ class _Job:
             f"distill: student {cfg.student} ({size:,} parameters, {start})",
             f"  teacher {who}, {'live' if task.live else 'stored'} logits; loss {cfg.loss_name}; labels {cfg.labels}",
             f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
-            f"order {cfg.order}, fresh {cfg.fresh:g}",
+            f"order {cfg.order}, fresh {task.fresh:g}",
             f"  protocol {task.protocol}{flags}: {task.plan.describe()}",
             f"  out {path}; {self.runtime.describe()}",
             *(f"  note: {text}" for text in task.notes),
@@ -174,8 +174,8 @@ class _Job:
             steps = len(task.train) // plan.batch_size
             epochs = -(-plan.total_steps(steps) // steps)
             order = EasyToHard(task.train, task.bank.column("difficulty"), seed, epochs)
-        pool = GeneratorPool(task.bank, self.runtime.device) if self.cfg.fresh > 0 else None
-        return StoreSource(self.store(), order, plan.batch_size, fresh=self.cfg.fresh, pool=pool, **common)
+        pool = GeneratorPool(task.bank, self.runtime.device) if task.fresh > 0 else None
+        return StoreSource(self.store(), order, plan.batch_size, fresh=task.fresh, pool=pool, **common)
 
     def objective(self, control: bool) -> Objective:
         """The loss of one batch: the distillation loss plus the cross-entropy on hard labels where asked for."""
@@ -290,6 +290,7 @@ class _Job:
             "loss_name": cfg.loss_name,
             "protocol": task.protocol,
             "images": images,
+            "fresh": 0.0 if control else task.fresh,
             "holdout_images": len(task.held),
             "eval_data": cfg.eval_data,
         }

@@ -122,8 +122,8 @@ PROTOCOLS: dict[str, Protocol] = {
         plan=Plan(batch_size=128, epochs=30, lr=0.05, nesterov=True, warmup=0.02, augment="crop_flip"),
     ),
     "mnist": Protocol(
-        description="grey banks: AdamW 2e-3, wd 1e-4, cosine, batch 128, 20 epochs, no augmentation",
-        plan=Plan(batch_size=128, epochs=20, lr=2e-3, optimizer="adamw", weight_decay=1e-4, warmup=0.02),
+        description="grey banks: SGD Nesterov .1, wd 5e-4, cosine, batch 128, 20 epochs, affine augmentation",
+        plan=Plan(batch_size=128, epochs=20, lr=0.1, nesterov=True, warmup=0.03, augment="affine"),
     ),
     "cifar-kd": Protocol(
         description="RepDistiller: SGD .05 (.01 mobile/shuffle), wd 5e-4, batch 64, 240 epochs, /10 at 150/180/210",

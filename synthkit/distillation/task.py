@@ -47,6 +47,8 @@ class DistillTask:
     """Spec, architecture, sha256 and licence of the teacher, as cards and results name it."""
     live: bool
     """Whether teacher logits are computed on the augmented image (else the stored ones are read)."""
+    fresh: float
+    """Share of every batch that is drawn from the bank's generator snapshots."""
     train: np.ndarray
     """Indices of the training images."""
     held: np.ndarray
@@ -86,7 +88,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     teacher, facts = _teacher(cfg, bank, notes)
     live = _check_logits(cfg, bank, teacher, plan, notes)
     _check_labels(cfg, bank, loss, live)
-    _check_fresh(cfg, bank, live)
+    fresh = _fresh_share(cfg, bank, live)
     if cfg.order == "easy2hard" and not bank.has("difficulty"):
         raise RequirementError(
             f"order easy2hard: bank {cfg.bank} stores no difficulty", hint="use --order random, or another bank"
@@ -104,6 +106,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         teacher=teacher,
         teacher_facts=facts,
         live=live,
+        fresh=fresh,
         train=train,
         held=held,
         eval_data=_eval_data(cfg, bank, notes),
@@ -133,7 +136,7 @@ def _teacher(cfg: DistillConfig, bank: Bank, notes: list[str]) -> tuple[TeacherV
     named = dict(bank.spec.teacher)
     spec = cfg.teacher or named.get("spec")
     stored = bank.has("logits")
-    if cfg.teacher is None and cfg.logits == "stored" and cfg.fresh == 0 and cfg.control == "none":
+    if cfg.teacher is None and cfg.logits == "stored" and not cfg.fresh and cfg.control == "none":
         return None, named
     if spec is None:
         if not stored:
@@ -211,11 +214,17 @@ def _check_labels(cfg: DistillConfig, bank: Bank, loss: DistillationLoss, live: 
         raise RequirementError(f"loss {cfg.loss_name} needs the teacher itself", hint="give --teacher --logits live")
 
 
-def _check_fresh(cfg: DistillConfig, bank: Bank, live: bool) -> None:
+DEFAULT_FRESH = 0.5  # the best mixture measured: assets/results/fresh_mixture_mnist.json
+
+
+def _fresh_share(cfg: DistillConfig, bank: Bank, live: bool) -> float:
+    """The share of every batch that is drawn from the generator snapshots."""
+    if cfg.fresh is None:
+        return DEFAULT_FRESH if live and cfg.labels != "stored" and bank.generators() else 0.0
     if not 0 <= cfg.fresh <= 1:
         raise ConfigError("fresh is a share in [0, 1]", got=cfg.fresh)
     if cfg.fresh == 0:
-        return
+        return 0.0
     if not live:
         raise RequirementError("fresh images need a live teacher", hint="give --teacher and leave --logits stored out")
     if cfg.labels == "stored":
@@ -225,6 +234,7 @@ def _check_fresh(cfg: DistillConfig, bank: Bank, live: bool) -> None:
             f"fresh: bank {cfg.bank} holds no generator snapshots",
             hint="leave --fresh out, or make the bank with a generator method (e.g. cudfkd)",
         )
+    return cfg.fresh
 
 
 def load_student(cfg: DistillConfig, bank: Bank, seed: int) -> tuple[LoadedModel, ModelView]:
