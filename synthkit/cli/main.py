@@ -98,7 +98,7 @@ def help_text() -> str:
 
 def _interrupted(words: list[str]) -> str:
     text = f"synthkit {words[0] if words else ''}: interrupted; what was committed stays valid"
-    if words and words[0] in ("synthesize", "distill", "teach"):
+    if words and words[0] in ("demo", "synthesize", "distill", "teach"):
         again = words if "--resume" in words else [*words, "--resume"]
         text += f"; go on with: synthkit {shlex.join(again)}"
     return text
