@@ -79,7 +79,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         pieces[f"bare_generator_step_{layout}"] = bare[layout].generator_step
         pieces[f"bare_kd_step_{layout}"] = bare[layout].kd_step
     seconds = timed(pieces, args.repeats, cuda=runtime.device.type == "cuda")
-    floor = {kind: min(seconds[f"bare_{kind}_{layout}"] for layout in LAYOUTS) for kind in ("generator_step", "kd_step")}
+    floor = {
+        kind: min(seconds[f"bare_{kind}_{layout}"] for layout in LAYOUTS) for kind in ("generator_step", "kd_step")
+    }
     return {
         "what": "CPU seconds (process time)" if runtime.device.type == "cpu" else "wall seconds, synchronised",
         "teacher": args.teacher,

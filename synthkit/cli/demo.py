@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="base seed")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted demo in --out")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds only: shows that everything works, learns nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few seconds only: shows that everything works, learns nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--result", type=Path, default=None, help="also write the result JSON here")
     args = parser.parse(argv)

@@ -59,6 +59,8 @@ def synthesize(config: SynthesizeConfig) -> Bank:
     check_requirements(config.method_name, method_class.requires, teacher)
     out = Path(config.out) if config.out else default_out(config, loaded)
     spec = bank_spec(config, loaded, teacher)
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is a file", hint="choose another --out; nothing is overwritten")
     if not config.resume and out.exists() and any(out.iterdir()):
         raise OutputExistsError(
             f"{out} is not empty", hint="go on with --resume, or choose another --out; nothing is overwritten"
@@ -219,7 +221,7 @@ class Run:
                 raise
         steps = self.method.step - steps_before
         if self.method.step < self.method.total_steps:
-            self._load_state()  # a repaired bank was whole again before the end; the state of the end may still be there
+            self._load_state()  # a repaired bank was whole before the end; the state of the end may still be there
         seconds = time.monotonic() - start
         result: dict[str, Any] = {
             "status": "complete",

@@ -95,7 +95,9 @@ def test_nothing_stays_attached():
         view(x)
         raise RuntimeError("inside")
     view.features(x)
-    assert all("forward" not in vars(m) and not m._forward_pre_hooks and not m._forward_hooks for m in view.module.modules())
+    assert all(
+        "forward" not in vars(m) and not m._forward_pre_hooks and not m._forward_hooks for m in view.module.modules()
+    )
     assert torch.equal(view(x), before)
 
 

@@ -46,7 +46,7 @@ def ramp(found: CuDFKD) -> list[float]:
     weights = []
     for epoch in range(found.config.epochs):
         found.step = epoch * found.config.ep_steps
-        weights.append(found.adversarial_weight)
+        weights.append(found.adversarial_weight(found.epoch))
     return weights
 
 

@@ -149,7 +149,9 @@ def golden_method(case: dict, **config) -> CuDFKD:
     for view in (method.teacher, method.student_view):
         view._scale, view._shift = (
             1 / torch.tensor(view.std, dtype=torch.float64).view(1, -1, 1, 1),
-            -(torch.tensor(view.mean, dtype=torch.float64) / torch.tensor(view.std, dtype=torch.float64)).view(1, -1, 1, 1),
+            -(torch.tensor(view.mean, dtype=torch.float64) / torch.tensor(view.std, dtype=torch.float64)).view(
+                1, -1, 1, 1
+            ),
         )
     method.optimizer_g = torch.optim.Adam(method.generator.parameters(), lr=1e-3, betas=(0.9, 0.99))
     method.optimizer_s = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)

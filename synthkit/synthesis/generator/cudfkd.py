@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from synthkit.errors import ConfigError
 from synthkit.synthesis.base import Requires, widened
 from synthkit.synthesis.curriculum import adversarial_weight, age_at, self_paced_weights
-from synthkit.synthesis.generator.loop import GeneratorConfig, GeneratorLoop
+from synthkit.synthesis.generator.config import GeneratorConfig
+from synthkit.synthesis.generator.loop import GeneratorLoop
 from synthkit.synthesis.losses import (
     activation_loss,
     adversarial_js,
@@ -89,17 +90,20 @@ class CuDFKD(GeneratorLoop):
         if config.bn != 0 and not self.use_bn and task.warn:
             task.warn(f"{self.teacher.name} has no BatchNorm layer: the BN-statistics term is off")
 
-    @property
-    def adversarial_weight(self) -> float:
-        """a(e) of the current epoch."""
+    def adversarial_weight(self, epoch: int) -> float:
+        """a(e) of the ramp."""
         c = self.config
         growth = c.grad_adv if self.task.curriculum.ramp else 0.0
-        return adversarial_weight(self.epoch, c.epochs, c.adv, growth, c.begin, c.end)
+        return adversarial_weight(epoch, c.epochs, c.adv, growth, c.begin, c.end)
 
     @property
     def age(self) -> float:
         """lambda of the current student step."""
         return age_at(self.step, self.config.lambda_0, self.config.alpha)
+
+    def schedule_figures(self, epoch: int) -> dict[str, float]:
+        """The adversary's weight in `epoch` and the age at its end."""
+        return {"adv_weight": self.adversarial_weight(epoch), "age": self.age}
 
     def generator_terms(self, images: Tensor) -> dict[str, Tensor]:
         """The weighted terms of L_G."""
@@ -109,7 +113,7 @@ class CuDFKD(GeneratorLoop):
                 teacher, features = self._teacher(images)
         else:
             teacher, features = self._teacher(images)
-        weight = self.adversarial_weight
+        weight = self.adversarial_weight(self.epoch)
         student = widened(self.student_view(images)) if weight != 0 else None
         return cudfkd_terms(
             self.config,

@@ -2,8 +2,7 @@
 
 One cycle is `g_steps` generator updates, then `kd_steps` updates of a co-trained student on fresh generator images.
 A method says what the generator minimises (`generator_terms`) and how the student's samples are weighted
-(`sample_weights`); this file owns the order of steps, optimisers, schedules, collection of bank images, state,
-health and estimates.
+(`student_loss`); this file owns the order of steps, optimisers, schedules, collection of bank images, state and health.
 
 Source of the order: ljrprocc/DataFree@bf3096b `datafree_kd.py:main_worker` (methods/dfkd.md 1.1 and 2.1).
 """
@@ -11,14 +10,11 @@ Source of the order: ljrprocc/DataFree@bf3096b `datafree_kd.py:main_worker` (met
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from synthkit.errors import ConfigError, NonFiniteError, RequirementError
+from synthkit.errors import NonFiniteError, RequirementError
 from synthkit.lazy import torch
 from synthkit.logits import kl_per_sample, l1_per_sample, l2_per_sample
 from synthkit.synthesis.base import (
@@ -32,83 +28,13 @@ from synthkit.synthesis.base import (
     to_uint8,
     widened,
 )
+from synthkit.synthesis.generator.config import STUDENTS, GeneratorConfig
+from synthkit.synthesis.generator.cost import estimate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from synthkit.models.view import ModelView
-
-STUDENTS = {
-    "resnet34": "resnet18",
-    "resnet50": "resnet18",
-    "wrn40_2": "wrn16_1",
-    "wrn40_1": "wrn16_1",
-    "wrn16_2": "wrn16_1",
-    "lenet5": "lenet5_half",
-    "lenet5_bn": "lenet5_half_bn",
-    "vgg11": "resnet18",
-    "vgg13": "vgg8",
-    "resnet20_a": "resnet8",
-    "resnet56_a": "resnet20",
-    "resnet56": "resnet20",
-    "resnet110": "resnet32",
-    "resnet32x4": "resnet8x4",
-}
-"""Default co-trained student of a teacher architecture (the field's usual pairs); others get their own architecture."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
-    """Fields that every generator method has."""
-
-    student: str = "auto"
-    """Architecture of the co-trained student; auto takes the usual partner of the teacher."""
-    epochs: int = 250
-    """Epochs of `ep_steps` student steps; the ramp and the learning rate move per epoch."""
-    ep_steps: int = 400
-    """Student steps per epoch."""
-    kd_steps: int = 10
-    """Student steps per cycle."""
-    g_steps: int = 1
-    """Generator steps per cycle."""
-    batch_size: int = 512
-    """Images per generator step and per student step."""
-    lr: float = 0.1
-    """Student learning rate (SGD, cosine over the epochs)."""
-    momentum: float = 0.9
-    """Student SGD momentum."""
-    weight_decay: float = 1e-4
-    """Student weight decay."""
-    lr_g: float = 1e-3
-    """Generator learning rate (one persistent Adam)."""
-    betas_g: tuple[float, float] = (0.9, 0.99)
-    """Generator Adam betas."""
-    generator: str = "cud"
-    """Generator network (models.generators)."""
-    nz: int = 512
-    """Latent dimension."""
-    depth: int = 2
-    """Number of x2 upsamplings of the generator."""
-    width: int = 64
-    """Base width (ngf) of the generator."""
-    loss: Literal["l1", "kl", "l2"] = "l1"
-    """KD loss of the student, and the difficulty of an image: mean |s - t|, T^2 KL at T, or mean (s - t)^2."""
-    T: float = 20.0
-    """KD temperature."""
-    store_from: float = 0.1
-    """Fraction of the run after which images are stored in the bank (earlier ones come from an untrained generator)."""
-    snapshots: int = 8
-    """Generator snapshots kept in the bank, spread over the second half of the run (0: none)."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "ep_steps", "kd_steps", "g_steps", "batch_size", "nz", "depth", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"method.{name} must be at least 1", got=getattr(self, name))
-        for name in ("lr", "lr_g", "T"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"method.{name} must be positive", got=getattr(self, name))
-        if not 0 <= self.store_from < 1:
-            raise ConfigError("method.store_from must be in [0, 1)", got=self.store_from)
 
 
 class GeneratorLoop:
@@ -197,6 +123,10 @@ class GeneratorLoop:
     def student_loss(self, per_sample: Tensor) -> Tensor:
         """Scalar student loss of per-sample KD losses (B,); the mean unless a method weighs them."""
         return per_sample.mean()
+
+    def schedule_figures(self, epoch: int) -> dict[str, float]:
+        """Where the curriculum stood in `epoch`, for the log."""
+        return {}
 
     # ---- progress --------------------------------------------------------------------------------------------
 
@@ -379,6 +309,7 @@ class GeneratorLoop:
                 " use a curriculum with a ramp, or a larger adversarial weight"
             )
         record = {"epoch": epoch, "step": self.step, "lr": lr, "class_balance": balance, **figures}
+        record |= self.schedule_figures(epoch)
         if self.task.eval_hook:
             self.student_view.module.eval()
             record.update(self.task.eval_hook(self.student_view, epoch) or {})
@@ -427,61 +358,5 @@ class GeneratorLoop:
         return self.student_view
 
     def estimate(self) -> dict[str, float]:
-        """Seconds and bytes of the whole run, from two timed steps of each kind on a throw-away copy."""
-        twin = copy.copy(self)
-        twin.generator = copy.deepcopy(self.generator)
-        twin.student_view = copy.copy(self.student_view)
-        twin.student_view.module = copy.deepcopy(self.student_view.module)
-        twin.optimizer_g = torch.optim.Adam(twin.generator.parameters(), lr=0.0)
-        twin.optimizer_s = torch.optim.SGD(twin.student_view.module.parameters(), lr=0.0, momentum=0.9)
-        twin.noise = self.task.rng("estimate")
-        small = min(self.config.batch_size, 32 if self.device.type == "cpu" else self.config.batch_size)
-        twin.config = copy.copy(self.config)
-        object.__setattr__(twin.config, "batch_size", small)
-        twin._reset_figures()
-        scale = self.config.batch_size / small
-        seconds = {}
-        saved = 0
-        for kind, step in (("g", twin.generator_step), ("s", twin.student_step)):
-            twin._set_modes(generating=kind == "g")
-            with self._module_draws("estimate"):
-                step()
-            with self._module_draws("estimate"), _SavedBytes() as counter:
-                start = time.perf_counter()
-                step()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                seconds[kind] = (time.perf_counter() - start) * scale
-            saved = max(saved, counter.bytes)
-        self._set_modes(generating=False)
-        cycles = self.total_steps / self.config.kd_steps
-        weights = sum(
-            p.numel() * p.element_size()
-            for m in (self.generator, self.student_view.module, self.teacher.module)
-            for p in m.parameters()
-        )
-        return {
-            "seconds": cycles * self.config.g_steps * seconds["g"] + self.total_steps * seconds["s"],
-            "memory_bytes": saved * scale * 1.5 + 4 * weights,
-        }
-
-
-class _SavedBytes:
-    """Counts the bytes that autograd keeps for backward while it is open."""
-
-    def __enter__(self):
-        seen: set[int] = set()
-        self.bytes = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                self.bytes += tensor.numel() * tensor.element_size()
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self._hooks.__exit__(*args)
+        """Seconds and bytes of the whole run, measured on a throw-away copy (see `cost.py`)."""
+        return estimate(self)
