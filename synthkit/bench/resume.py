@@ -186,7 +186,7 @@ class _Leg:
 
 @dataclass
 class _Campaign:
-    """Runs of one config that are killed until all kills are spent; a run that finishes first is followed by another."""
+    """Runs of one config, killed until all kills are spent; one that finishes first is followed by another."""
 
     words: Sequence[str]
     work: Path
@@ -233,8 +233,9 @@ class _Campaign:
                 "problems": problems,
             }
         )
-        print(f"kill {len(self.moments)}: {kind}, second {at:.2f}, {self.moments[-1]['shards_committed']} of "
-              f"{len(self.reference)} shards, {'ok' if not problems else problems}", file=sys.stderr, flush=True)  # fmt: skip
+        done = f"{self.moments[-1]['shards_committed']} of {len(self.reference)} shards"
+        text = f"kill {len(self.moments)}: {kind}, second {at:.2f}, {done}, {problems or 'ok'}"
+        print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Resume the last run and let it end."""
@@ -248,7 +249,7 @@ class _Campaign:
         self.round += 1
 
     def _check(self) -> list[str]:
-        """Problems of the present bank: damage found in depth, or a committed shard that the unbroken run does not have."""
+        """Problems of the present bank: damage found in depth, or a shard with other bytes than the unbroken run."""
         if not (self.bank / "bank.json").exists():
             return []
         report = Bank(self.bank).verify(deep=True)
