@@ -66,6 +66,7 @@ def lookup(kind: str, name: str) -> Any:
     """
     table = methods() if kind == "method" else losses()
     if name not in table:
-        raise ConfigError(f"{kind}: not a known {kind}", got=name, allowed=table, hint=f"synthkit list {'methods' if kind == 'method' else 'losses'}")
+        plural = "methods" if kind == "method" else "losses"
+        raise ConfigError(f"{kind}: not a known {kind}", got=name, allowed=table, hint=f"synthkit list {plural}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

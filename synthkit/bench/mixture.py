@@ -72,7 +72,7 @@ def mixture(args, shares: list[float]) -> dict[str, object]:
         )
     best = max(rows, key=lambda row: row["top1"]["mean"])
     return {
-        "what": "share of every batch drawn from the bank's generator snapshots; last epoch; seeds are independent banks",
+        "what": "share of every batch drawn from the bank's generator snapshots; last epoch; one bank per seed",
         "banks": list(args.bank),
         "eval_data": args.eval_data,
         "rows": rows,

@@ -1,4 +1,4 @@
-"""`synthkit bench pipeline`: the main job over seeds as one measured result: bank, fresh student, control, co-trained student.
+"""`synthkit bench pipeline`: the main job over seeds as one measured result.
 
 For every seed: `synthesize` a bank from the teacher without data, `distill` a fresh student from that bank alone, and
 measure both (last epoch) on labelled data that took part in nothing. A noise control runs once beside them.

@@ -21,7 +21,7 @@ from synthkit.runtime import Runtime, hardware, peak_memory, versions, write_jso
 
 def main(argv: list[str]) -> int:
     """Parse, measure, print JSON."""
-    parser = argparse.ArgumentParser(prog="synthkit bench steps", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="synthkit bench steps", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--teacher", default="wrn40_2", help="architecture (fresh weights serve as well)")
     parser.add_argument("--student", default="wrn16_1", help="architecture")
     parser.add_argument("--batch", type=int, default=64, help="images per step")

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if args.out.exists() and any(args.out.iterdir()) and not args.resume:
         raise OutputExistsError(f"{args.out} is not empty", hint="go on with --resume, or choose another --out")
     from synthkit.bench.pipeline import pipeline
-    from synthkit.report.html import report
+    from synthkit.report import report
     from synthkit.runtime import write_json
 
     start = time.monotonic()

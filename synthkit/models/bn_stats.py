@@ -95,7 +95,7 @@ class BatchNormStatistics:
         return [bn_statistics_loss(*pair, *running) for pair, running in zip(batch, self.running, strict=True)]
 
     def loss(self, *, first_multiplier: float = 1.0, ema: StatisticsEMA | None = None) -> Tensor:
-        """Sum of `per_layer` (scalar), the first layer weighted by `first_multiplier` (10 in ImageNet DeepInversion)."""
+        """Sum of `per_layer` (scalar), the first layer times `first_multiplier` (10 in ImageNet DeepInversion)."""
         first, *rest = self.per_layer(ema)
         return torch.stack([first_multiplier * first, *rest]).sum()
 
