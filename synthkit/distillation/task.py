@@ -94,6 +94,8 @@ def check_task(cfg: DistillConfig) -> DistillTask:
             f"order easy2hard: bank {cfg.bank} stores no difficulty", hint="use --order random, or another bank"
         )
     _check_student(cfg, bank)
+    if bank.spec.contains_real:
+        notes.append("the bank contains real images: this student is not data-free")
     if not bank.complete:
         notes.append(f"the bank is unfinished: {len(bank)} of {bank.spec.images} images are used")
     return DistillTask(

@@ -134,24 +134,6 @@ def test_noise_statistics_and_ranks():
 # --- fresh images -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def generator_bank(workshop, tmp_path):
-    """The bank with four snapshots; only those of the last half (shards 2 and on of 3: index 1, 2) may be drawn."""
-    import shutil
-
-    from synthkit.bank import BankWriter
-    from synthkit.models.generators import build_generator
-
-    path = tmp_path / "bank"
-    shutil.copytree(workshop.bank, path)
-    spec = {"name": "cud", "latent_dim": 6, "image_size": 32, "channels": 1, "depth": 2, "width": 4}
-    writer = BankWriter.open(path)
-    for index in range(3):
-        state = build_generator(**spec, seed=index).half().state_dict()
-        writer.write_generator(index, {k: v.numpy() for k, v in state.items()}, {"generator": spec, "step": index})
-    return Bank(path)
-
-
 def test_fresh_share_of_a_batch(generator_bank):
     pool = GeneratorPool(generator_bank, CPU)
     assert len(pool.networks) == 2
