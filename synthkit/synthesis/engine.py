@@ -226,6 +226,7 @@ class Run:
         result: dict[str, Any] = {
             "status": "complete",
             "seconds": seconds,
+            "cpu_seconds": time.process_time(),
             "steps_per_second": steps / max(seconds, 1e-9),
             "resumed_from_shard": first or None,
             "peak_memory_bytes": peak_memory(),
