@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ DEFAULTS = (
     *("--method.nz", "64", "--method.width", "16", "--method.snapshots", "4"),
 )
 """A run of about 20 seconds for a LeNet-5 teacher on one core; flags given by hand come after these and win."""
-_POLL = 0.0003  # seconds between two looks at the folder while a moment of writing is awaited
+_POLL = 0.0005  # seconds between two looks at the folder
 
 
 def main(argv: list[str]) -> int:
@@ -146,6 +146,7 @@ class _Leg:
         self.bank, self.log = bank, log
         self.begun = time.monotonic()
         self.startup = self.seconds = 0.0
+        self._record = _written(bank / "run.json")
         with open(log, "ab") as stream:
             self.process = subprocess.Popen(
                 [*command, "--resume"] if resume else command,
@@ -168,12 +169,28 @@ class _Leg:
             raise RunError(f"bench resume: a run ended with exit code {code}", got=tail, hint=f"see {self.log}")
         return code == 0
 
+    @property
+    def age_of_work(self) -> float:
+        """Seconds since start-up was over (run.json is written anew then); 0 before."""
+        if not self.startup and _written(self.bank / "run.json") != self._record:
+            self.startup = self.age
+        return self.age - self.startup if self.startup else 0.0
+
+    def wait(self, happens: Callable[[], bool]) -> bool:
+        """Wait until something happens; False when the process ended first."""
+        try:
+            while not self.over:
+                if happens():
+                    return True
+                time.sleep(_POLL)
+        except BaseException:  # Ctrl-C: no process is left behind
+            self.process.kill()
+            raise
+        return False
+
     def wait_to_the_end(self) -> None:
-        """Wait until the run is complete, noting when it had begun its bank."""
-        while not self.over:
-            if not self.startup and (self.bank / "run.json").exists():
-                self.startup = self.age
-            time.sleep(0.005)
+        """Wait until the run is complete."""
+        self.wait(lambda: self.age_of_work < 0)
         self.seconds = self.age
 
     def kill(self) -> float:
@@ -209,32 +226,30 @@ class _Campaign:
 
     def kill_once(self, left: int) -> None:
         """Start the run, kill it at a random moment and verify what is there."""
+        shards, before = len(self.reference), len(_committed(self.bank))
         kind = str(self.rng.choice(list(KINDS), p=list(KINDS.values())))
-        work = self.whole.seconds - self.whole.startup
-        rest = work * (1 - len(_committed(self.bank)) / len(self.reference))
-        begin, end = (0.0, self.whole.startup)
-        if kind != "start-up":
-            reach = rest / (left + 1)
-            begin, end = (self.whole.startup, self.whole.startup + (2 * reach if kind == "working" else reach))
-        planned = float(self.rng.uniform(begin, end))
+        # On average the shards that are left are spread over the kills that are left.
+        skip = int(self.rng.uniform(0, 1 + 2 * (shards - before) / (left + 1)))
+        moment = _Moment(kind, min(before + skip, shards - 1), float(self.rng.uniform()))
         leg = self.start()
-        if not _await(leg, planned, kind):
+        if not moment.wait(leg, self.whole, shards):
             self._close(leg.bank)
             return
         at = leg.kill()
         problems = self._check()
+        after = len(_committed(self.bank))
         self.moments.append(
             {
                 "kind": kind,
                 "run": self.round,
-                "planned_second": round(planned, 3),
                 "second": round(at, 3),
-                "shards_committed": len(_committed(self.bank)),
+                "second_of_work": round(leg.age_of_work, 3),
+                "shards_before": before,
+                "shards_committed": after,
                 "problems": problems,
             }
         )
-        done = f"{self.moments[-1]['shards_committed']} of {len(self.reference)} shards"
-        text = f"kill {len(self.moments)}: {kind}, second {at:.2f}, {done}, {problems or 'ok'}"
+        text = f"kill {len(self.moments)}: {kind}, second {at:.2f}, {after} of {shards} shards, {problems or 'ok'}"
         print(text, file=sys.stderr, flush=True)
 
     def finish(self) -> None:
@@ -258,25 +273,35 @@ class _Campaign:
         return found + [f"shard {i}: other bytes than in the unbroken run" for i in other]
 
 
-def _await(leg: _Leg, planned: float, kind: str) -> bool:
-    """Wait for the moment of the kill; False when the run ended before it."""
-    while leg.age < planned:
-        if leg.over:
+@dataclass
+class _Moment:
+    """When a leg is killed."""
+
+    kind: str
+    shards: int
+    """Number of shards that must be committed before (except during start-up)."""
+    share: float
+    """Position in [0, 1] within the start-up, or within the time that one shard takes."""
+
+    def wait(self, leg: _Leg, whole: _Leg, shards: int) -> bool:
+        """Wait for it; False when the run ended first."""
+        if self.kind == "start-up":
+            return leg.wait(lambda: leg.age >= self.share * whole.startup)
+        if not leg.wait(lambda: leg.age_of_work > 0 and len(_committed(leg.bank)) >= self.shards):
             return False
-        time.sleep(min(0.01, max(0.0, planned - leg.age)))
-    if kind == "writing":
-        return _watch(leg, lambda: bool(_temporaries(leg.bank)))
-    if kind == "between state and shard":
-        return _watch(leg, lambda: _newest_state(leg.bank) > len(_committed(leg.bank)))
-    return not leg.over
+        if self.kind == "writing":
+            return leg.wait(lambda: bool(_temporaries(leg.bank, ("shards", "state"))))
+        if self.kind == "between state and shard":
+            return leg.wait(lambda: _newest_state(leg.bank) > len(_committed(leg.bank)))
+        end = leg.age + self.share * (whole.seconds - whole.startup) / shards
+        return leg.wait(lambda: leg.age >= end)
 
 
-def _watch(leg: _Leg, happens: Any) -> bool:
-    while not leg.over:
-        if happens():
-            return True
-        time.sleep(_POLL)
-    return False
+def _written(file: Path) -> int | None:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _names(folder: Path) -> list[str]:
@@ -295,9 +320,8 @@ def _newest_state(bank: Path) -> int:
     return max(numbers, default=0)
 
 
-def _temporaries(bank: Path) -> list[str]:
+def _temporaries(bank: Path, folders: Sequence[str] = ("", "shards", "state", "generators", "student")) -> list[str]:
     """Relative names of files that are being written (or were left by a kill)."""
-    folders = ("", "shards", "state", "generators", "student")
     return [f"{folder}/{name}" for folder in folders for name in _names(bank / folder) if ".tmp-" in name]
 
 

@@ -76,5 +76,7 @@ class GeneratorConfig:
         for name in ("lr", "lr_g", "T"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"method.{name} must be positive", got=getattr(self, name))
+        if self.snapshots < 0:
+            raise ConfigError("method.snapshots must not be negative", got=self.snapshots)
         if not 0 <= self.store_from < 1:
             raise ConfigError("method.store_from must be in [0, 1)", got=self.store_from)
