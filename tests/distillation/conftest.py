@@ -67,10 +67,12 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         **common,
     )
     bank_from_arrays(root / "bare", images, **common)
+    bank_from_arrays(root / "real", images, logits.argmax(dim=1).numpy(), label_kind="real", **common)
     return SimpleNamespace(
         root=root,
         bank=root / "bank",
         bare=root / "bare",
+        real=root / "real",
         teacher=root / "teacher",
         data=f"npz:{root}/data.npz",
         images=images,

@@ -90,11 +90,8 @@ def test_a_student_learns_from_the_bank_alone(config, workshop):
 
     run = json.loads((path / "run.json").read_text())
     assert run["status"] == "done" and run["plan"]["batch_size"] == 32 and run["protocol"] == "mnist"
-    assert (
-        run["changed"] == ["augment", "batch_size", "epochs", "lr", "optimizer"]
-        and run["versions"]["torch"]
-        and run["peak_memory"] > 0
-    )
+    assert run["changed"] == ["augment", "batch_size", "epochs", "lr", "optimizer"]
+    assert run["versions"]["torch"] and run["peak_memory"] > 0
     assert run["config"]["student"] == "lenet5_half_bn" and run["hardware"]["cores"] >= 1
     logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in logged if "top1" in r] == [4, 8, 12] and len(logged) == 12
@@ -181,6 +178,10 @@ def test_fresh_images_change_the_student(config, generator_bank, tmp_path):
     assert [run.metrics["fresh"] for run in runs] == [0.0, 0.5, 1.0]
     first, half, every = (weights(run.path) for run in runs)
     assert not same(first, half) and not same(half, every)
+    usual = distill(config(**values, out=str(tmp_path / "usual")))  # half of every batch, where there are snapshots
+    assert usual.metrics["fresh"] == 0.5 and same(weights(usual.path), half)
+    labelled = distill(config(**values, labels="stored", label_weight=0.5, out=str(tmp_path / "labelled")))
+    assert labelled.metrics["fresh"] == 0.0  # fresh images have no stored labels
 
 
 def test_easy_to_hard_reads_the_easy_images_first(config, workshop, monkeypatch):
@@ -304,3 +305,9 @@ def test_existing_output_is_never_touched(config, tmp_path):
     blocked.write_text("")
     with pytest.raises(OutputExistsError, match="a file lies there"):
         distill(config(out=str(blocked)))
+
+
+def test_a_bank_of_real_images_is_not_called_data_free(config, workshop):
+    result = distill(config(bank=str(workshop.real), teacher=str(workshop.teacher), epochs=1))
+    notes = json.loads((result.path / "run.json").read_text())["notes"]
+    assert any("not data-free" in text for text in notes)
