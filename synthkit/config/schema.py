@@ -92,7 +92,7 @@ class DistillConfig:
     """Weight decay on all parameters."""
     schedule: Literal["cosine", "step", "constant"] | None = None
     """Learning-rate schedule."""
-    warmup: float = 0.0
+    warmup: float | None = None
     """Share of the steps with linear warm-up."""
     augment: str | None = None
     """Augmentation policy of the bank images; none follows the protocol."""

@@ -166,7 +166,7 @@ def distill_plan(cfg: DistillConfig, shape: tuple[int, int, int]) -> tuple[str, 
     given: dict[str, Any] = {}
     for f in fields(Plan):
         value = getattr(cfg, f.name, None)
-        if value is None or (f.name == "warmup" and value == 0.0):
+        if value is None:
             continue
         given[f.name] = value
     if cfg.steps is not None:
