@@ -10,7 +10,6 @@ from synthkit.cli.arguments import Arguments, print_json, table
 from synthkit.config import recipes
 from synthkit.config.parse import load_recipe
 from synthkit.errors import ConfigError, OutputExistsError, UsageError
-from synthkit.tables import CURRICULA
 
 ACTIONS = ("list", "show", "copy", "check")
 
@@ -85,16 +84,13 @@ def _problem(name: str) -> str | None:
 
 
 def check_names(config: Any) -> None:
-    """Look up every name in a config that the parse leaves to the run: curriculum and architectures.
+    """Look up every name in a config that the parse leaves to the run: the architectures.
 
     Raises:
-        UsageError: a name is in no table; the nearest one is offered.
+        ModelError: a name is in no table; the nearest one is offered.
     """
     from synthkit.models.names import resolve_name
 
-    curriculum = getattr(config, "curriculum", None)
-    if curriculum is not None and curriculum not in CURRICULA:
-        raise ConfigError("curriculum: not a known curriculum", got=curriculum, allowed=CURRICULA)
     method = getattr(config, "method", None)
     specs = [getattr(config, field, None) for field in ("teacher", "student", "arch")] + [
         getattr(method, "student", None)

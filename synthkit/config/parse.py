@@ -222,6 +222,7 @@ class _Build:
         if self.plugin and self.plugin_config:
             part = _instance(self.plugin_config, values.pop(self.plugin, None) or {})
             values.update({self.plugin: part, f"{self.plugin}_name": self.name})
+        _check_tables(values)
         return _instance(self.spec.config, values)
 
     def help(self) -> str:
@@ -318,6 +319,20 @@ class _Build:
             sections.append((self.plugin_config.__doc__ or "", self.plugin_config, f"{self.plugin}."))
         sections.append((schema.RuntimeConfig.__doc__ or "", schema.RuntimeConfig, "runtime."))
         return [(doc.strip().splitlines()[0].rstrip("."), config, prefix) for doc, config, prefix in sections]
+
+
+def _check_tables(values: Mapping[str, Any]) -> None:
+    """Refuse unknown names of small tables here, seconds before the run would import torch and find out."""
+    curriculum, protocol = values.get("curriculum"), values.get("protocol")
+    if curriculum is not None and curriculum not in tables.CURRICULA:
+        hint = "synthkit list curricula"
+        raise ConfigError("curriculum: not a known curriculum", got=curriculum, allowed=tables.CURRICULA, hint=hint)
+    if protocol is not None and protocol != "auto":
+        from synthkit.distillation.protocols import PROTOCOLS
+
+        if protocol not in PROTOCOLS:
+            names = ["auto", *PROTOCOLS]
+            raise ConfigError("protocol: not known", got=protocol, allowed=names, hint="synthkit list protocols")
 
 
 def _metavar(option: Option) -> str:

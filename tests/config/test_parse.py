@@ -69,6 +69,10 @@ def test_a_word_none_stays_where_it_is_a_choice():
     assert (config.labels, config.control) == ("none", "none")
 
 
+def test_the_protocol_is_looked_up():
+    refused("distill", ["--bank", "b", "--student", "r18", "--protocol", "cifar-dk"], "did you mean 'cifar-kd'?")
+
+
 @pytest.mark.parametrize("words", [["0.5", "0.999"], ["0.5,0.999"], ["[0.5,0.999]"]])
 def test_pairs(words):
     assert parse_config("synthesize", [*TEACHER, "--method.betas_g", *words]).method.betas_g == (0.5, 0.999)
@@ -104,6 +108,7 @@ def test_the_loss_is_looked_up():
         ([*TEACHER, "--method.betas_g", "1"], ["method.betas_g"]),
         ([*TEACHER, "--method.begin", "0.9"], ["begin", "end"]),
         ([*TEACHER, "--print_config", "x"], ["--print_config takes no value"]),
+        ([*TEACHER, "--curriculum", "easy2hrd"], ["'easy2hrd'", "did you mean 'easy2hard'?"]),
         (["r34"], ["unexpected word", "'r34'"]),
         ([*TEACHER, "--config", "nowhere.yaml"], ["no such file", "nowhere.yaml"]),
         ([*TEACHER, "--config"], ["--config needs a value"]),
