@@ -143,6 +143,8 @@ def _checked_mapping(command: str, values: Mapping[str, Any], where: str) -> dic
     meant = values.pop("command", command)
     if meant != command:
         raise ConfigError(f"{where} is a recipe for `synthkit {meant}`, not for `synthkit {command}`")
+    if {"arch", "num_classes"} <= values.keys():
+        raise ConfigError(f"{where} is a model card, not a recipe", hint=f"give it as a model: --teacher {where}")
     plugin = _command(command).plugin
     if plugin and isinstance(values.get(plugin), str):
         values[plugin] = {"name": values[plugin]}

@@ -153,6 +153,7 @@ def test_a_later_file_wins(tmp_path):
         ("teacher: r34\nimages: [1, 2]\n", ["images", "a whole number"]),
         ("teacher: r34\nimages: yes\n", ["images", "'yes'"]),
         ("command: distill\nbank: b\nstudent: r18\n", ["distill", "synthesize"]),
+        ("arch: resnet20\nnum_classes: 10\n", ["is a model card", "--teacher"]),
         ("- teacher\n", ["name: value"]),
         ("3: r34\n", ["every key must be a name"]),
     ],
