@@ -225,7 +225,8 @@ def _fitted(arch: str, state: State, source: str, **shape: int) -> nn.Module:
                 f"weights {source}: the file's classifier has {classes} classes, "
                 f"the architecture was asked for {shape['num_classes']}"
             )
-        fits = architectures_that_fit(state, **shape)
+        first = next((v for v in state.values() if v.ndim == 4), None)  # of the first convolution: (out, in, k, k)
+        fits = architectures_that_fit(state, **{**shape, **({} if first is None else {"in_channels": first.shape[1]})})
         hint = f"the file fits {' or '.join(repr(n) for n in fits[:3])}; use that architecture" if fits else None
     fit_state_dict(module, aligned, f"{source} ({arch})", hint=hint)
     return module.eval()

@@ -108,14 +108,17 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         text = str(error)
-        if found := re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"Unsupported class ([\w.]+)", text):
+        if found := re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)|(Unsupported operand \d+)", text):
             raise WeightsError(
-                f"weights {path}: holds pickled Python objects, not only tensors ({found[1]}); "
+                f"weights {path}: holds pickled Python objects, not only tensors ({found[found.lastindex or 0]}); "
                 "loading it could run any code, so synthkit does not",
                 hint=f"if you trust the file, convert it once and use the new one:\n  {conversion_command(path)}",
             ) from None
+        reason = _first_line(
+            text.partition("WeightsUnpickler error:")[2] or text
+        )  # before it torch advises to be unsafe
         raise WeightsError(
-            f"weights {path}: damaged or not a torch file ({_first_line(text)})", hint="fetch the file again"
+            f"weights {path}: damaged or not a torch file ({reason})", hint="fetch the file again"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError, OSError) as error:
         raise WeightsError(
