@@ -194,8 +194,9 @@ class SynthesizerContract:
         ticks: list[int] = []
         method = self.build(tick=ticks.append)
         assert method.step == 0
-        for _ in method.generate():
-            assert 0 <= method.step <= method.total_steps
+        steps = [method.step for _ in method.generate()]
+        assert steps == sorted(steps) and steps[0] > 0
+        assert steps[-1] == method.total_steps, "the engine stops at the last image: what would follow is never run"
         assert method.step == method.total_steps == sum(ticks)
 
     # ---- randomness ------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def class_entropy(logits: Tensor, T: float = 1.0) -> Tensor:
     """Entropy H of the batch-mean class distribution mean_i softmax(t_i / T); maximal (log K) for a balanced batch."""
     mean = F.softmax(logits / T, dim=1).mean(0)
-    return -torch.special.xlogy(mean, mean).sum()
+    # The clamp changes no value; without it a class of probability exactly 0 would have the gradient of log 0.
+    return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
 
 
 def one_hot_loss(logits: Tensor, labels: Tensor | None = None) -> Tensor:
