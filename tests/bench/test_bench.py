@@ -48,7 +48,10 @@ def test_spread():
     [
         (["stepz"], "did you mean 'steps'"),
         (["steps", "--batch", "0"], "at least 1"),
-        (["pipeline", "--synthesize", "x", "--distill", "y", "--eval-data", "z", "--work", "w", "--seeds", "a"], "seeds"),
+        (
+            ["pipeline", "--synthesize", "x", "--distill", "y", "--eval-data", "z", "--work", "w", "--seeds", "a"],
+            "seeds",
+        ),
         (["mixture", "--bank", "x", "--distill", "y", "--eval-data", "z", "--work", "w", "--fresh", "half"], "fresh"),
     ],
 )

@@ -1,0 +1,67 @@
+"""The measured results: whole files, and a README that says nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+
+RESULTS = ROOT / "assets" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = sorted(p.name for p in RESULTS.glob("*.json"))
+
+
+def load(name: str):
+    return json.loads((RESULTS / name).read_text())
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def test_all_measurements_are_there():
+    assert {
+        "bench_steps.json",
+        "cifar10_resnet20.json",
+        "demo.json",
+        "fresh_mixture_mnist.json",
+        "kill_resume.json",
+        "mnist_full.json",
+        "teachers_cifar10.json",
+    } <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_result_says_where_it_was_measured(name):
+    text = (RESULTS / name).read_text()
+    assert '"versions"' in text and '"hardware"' in text and '"torch"' in text
+
+
+def test_readme_numbers_are_the_measured_ones():
+    full, demo, cifar = load("mnist_full.json"), load("demo.json"), load("cifar10_resnet20.json")
+    mixture, steps, kills = load("fresh_mixture_mnist.json"), load("bench_steps.json"), load("kill_resume.json")
+    student = full["student_top1"]
+    expected = [
+        f"{percent(student['mean'])} ± {percent(student['std'])}",
+        f"{percent(full['co_trained_top1']['mean'])} ± {percent(full['co_trained_top1']['std'])}",
+        *[percent(r["teacher"]["top1"]) for r in (full, demo, cifar)],
+        *[percent(r["control"]["top1"]) for r in (full, demo, cifar)],
+        *[percent(r["student_top1"]["mean"]) for r in (demo, cifar)],
+        *[percent(r["co_trained_top1"]["mean"]) for r in (demo, cifar)],
+        f"{demo['seconds']:.0f} s",
+        *[f"{percent(r['top1']['mean'])} ± {percent(r['top1']['std'])}" for r in mixture["rows"]],
+        *[f"{steps['ratio'][kind]:.2f}" for kind in ("generator_step", "kd_step")],
+        *[f"{steps['seconds'][kind]:.2f}" for kind in ("generator_step", "kd_step")],
+        f"{kills['kills']} times",
+    ]
+    missing = [text for text in expected if text not in README]
+    assert not missing, f"not in README.md as measured: {missing}"
+
+
+def test_the_bars_hold():
+    full, demo = load("mnist_full.json"), load("demo.json")
+    assert full["student_top1"]["n"] == 3 and full["student_top1"]["mean"] >= 0.985
+    assert demo["student_top1"]["mean"] >= 0.97 and demo["seconds"] <= 180
+    assert max(load("bench_steps.json")["ratio"].values()) <= 1.25
+    assert load("kill_resume.json")["equal"] is True
