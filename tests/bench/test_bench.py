@@ -52,7 +52,7 @@ def test_spread():
             ["pipeline", "--synthesize", "x", "--distill", "y", "--eval-data", "z", "--work", "w", "--seeds", "a"],
             "seeds",
         ),
-        ("mixture --bank x --distill y --eval-data z --work w --fresh half".split(), "fresh"),
+        (["mixture", "--bank", "x", "--distill", "y", "--eval-data", "z", "--work", "w", "--fresh", "half"], "fresh"),
     ],
 )
 def test_wrong_use(capsys, words, message):
