@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from synthkit.models.build import LoadedModel
     from synthkit.models.view import ModelView, TeacherView
 
+LONG = 6 * 3600  # seconds after which a newcomer is told how to make it shorter
 COLUMNS = ("images", "labels", "logits", "difficulty", "origin_step")
 
 
@@ -268,6 +269,12 @@ class Run:
             f" {self.method.total_steps} steps; {spec.images} images of {spec.shape} in {spec.shards} shards"
             f" ({format_bytes(spec.planned_bytes)}) under {self.writer.path}",
         )
+        if estimate["seconds"] > LONG:
+            say(
+                self.runtime,
+                "that is long: lower --method.epochs, --method.batch_size or --method.width, or take a shipped recipe"
+                " (synthkit list recipes); a run stopped with Ctrl-C goes on with --resume",
+            )
         free = free_memory(self.runtime)
         if estimate["memory_bytes"] > free:
             self.warn(
