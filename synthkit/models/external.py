@@ -59,7 +59,7 @@ def pretrained(name: str) -> tuple[nn.Module, ModelCard]:
 
 def _timm() -> Any:
     try:
-        import timm
+        import timm  # pyright: ignore[reportMissingImports]  # the optional extra [timm]
     except ImportError:
         raise ModelError("timm is not installed", hint="pip install synthkit[timm]") from None
     return timm
