@@ -100,6 +100,11 @@ class Runtime:
         kind = "fp32" if precision == "no" else precision
         return f"{self.device.type} ({name}), {kind}{threads}, {self.world} process(es)"
 
+    def say(self, text: str) -> None:
+        """Tell the user, once: the first rank, on standard error."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
+
     def progress(self, total: int, description: str, *, initial: int = 0) -> Progress:
         """A progress line with rate, ETA and figures; quiet on ranks other than the first."""
         return Progress(total, description, initial=initial, enabled=self.is_main)

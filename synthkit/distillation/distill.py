@@ -13,7 +13,7 @@ import torch
 
 from synthkit.config.schema import DistillConfig
 from synthkit.distillation.contract import Batch, Taps
-from synthkit.distillation.outputs import check_out, finish_run, note, save_network, short_hash, start_run
+from synthkit.distillation.outputs import check_out, finish_run, save_network, short_hash, start_run
 from synthkit.distillation.sources import (
     BatchSource,
     EasyToHard,
@@ -138,7 +138,7 @@ class _Job:
             f"  out {path}; {self.runtime.describe()}",
             *(f"  note: {text}" for text in task.notes),
         ):
-            note(self.runtime, line)
+            self.runtime.say(line)
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class _Job:
             where = "streamed from disk"
             if isinstance(self._store, ResidentStore):
                 where = f"resident on {self._store.home} ({format_bytes(self._store.nbytes)})"
-            note(self.runtime, f"  bank {where}")
+            self.runtime.say(f"  bank {where}")
         return self._store
 
     def source(self, seed: int, control: bool) -> BatchSource:

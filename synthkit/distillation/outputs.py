@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +21,6 @@ _FREE = {"out", "resume", "runtime"}  # may differ between a run and its resumpt
 def is_first_process() -> bool:
     """Whether this is the process that prints (rank 0 of torchrun, or the only one)."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def note(runtime: Runtime, text: str) -> None:
-    """Tell the user, once (first rank, standard error)."""
-    if runtime.is_main:
-        print(text, file=sys.stderr, flush=True)
 
 
 def plain_config(cfg: Any) -> dict[str, Any]:

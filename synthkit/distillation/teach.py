@@ -14,7 +14,7 @@ from synthkit.config.schema import TeachConfig
 from synthkit.data.specs import load_data, parse_spec
 from synthkit.data.stats import STATS
 from synthkit.distillation.contract import Batch
-from synthkit.distillation.outputs import check_out, finish_run, note, save_network, start_run
+from synthkit.distillation.outputs import check_out, finish_run, save_network, start_run
 from synthkit.distillation.protocols import Plan, teach_plan
 from synthkit.distillation.sources import RandomOrder, ResidentStore, StoreSource, stream_seed
 from synthkit.distillation.trainer import Trainer
@@ -206,16 +206,15 @@ def _source(cfg: TeachConfig, plan: Plan, train: RealData, runtime: Runtime) -> 
 
 
 def _announce(runtime: Runtime, arch: str, train: RealData, test: RealData | None, plan: Plan) -> None:
-    note(
-        runtime,
+    runtime.say(
         f"teach {arch} on {train.name} {train.split}: {len(train):,} images of {train.shape}, "
         f"{train.num_classes} classes",
     )
-    note(runtime, f"  {plan.describe()}; {runtime.describe()}")
+    runtime.say(f"  {plan.describe()}; {runtime.describe()}")
     for text in train.notes:
-        note(runtime, f"  note: {text}")
+        runtime.say(f"  note: {text}")
     if test is None:
-        note(runtime, "  note: there is no test data, so no accuracy will be reported; give --eval_data")
+        runtime.say("  note: there is no test data, so no accuracy will be reported; give --eval_data")
 
 
 def _file_name(arch: str) -> str:

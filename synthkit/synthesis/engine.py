@@ -78,11 +78,11 @@ def synthesize(config: SynthesizeConfig) -> Bank:
     )
     method: Synthesizer = method_class(config.method, task)
     evaluation = Evaluation(config.eval_data, teacher) if config.eval_data else None
-    say(runtime, f"{config.method_name} on {config.teacher}, curriculum {curriculum.name}; {runtime.describe()}")
+    runtime.say(f"{config.method_name} on {config.teacher}, curriculum {curriculum.name}; {runtime.describe()}")
     if evaluation:
-        say(runtime, f"teacher on {config.eval_data}: top-1 {100 * evaluation.teacher_top1:.2f} %")
+        runtime.say(f"teacher on {config.eval_data}: top-1 {100 * evaluation.teacher_top1:.2f} %")
         for warning in evaluation.warnings:
-            say(runtime, f"warning: {warning}")
+            runtime.say(f"warning: {warning}")
     writer = BankWriter.open_or_create(out, spec) if config.resume else BankWriter.create(out, spec)
     with writer.lock():
         run = Run(config, writer, method, task, loaded, evaluation)
@@ -91,14 +91,6 @@ def synthesize(config: SynthesizeConfig) -> Bank:
         if run.unfinished():
             run.run()
     return Bank(out)
-
-
-def say(runtime: Runtime, text: str) -> None:
-    """Print a line to stderr on the main process."""
-    if runtime.is_main:
-        import sys
-
-        print(text, file=sys.stderr, flush=True)
 
 
 def default_out(config: SynthesizeConfig, loaded: LoadedModel) -> Path:
@@ -237,7 +229,7 @@ class Run:
         if student is not None and self.evaluation and self.method.step >= self.method.total_steps:
             result["student"] = {**self.evaluation(student), "teacher_top1": self.evaluation.teacher_top1}
         self.dir.write_json("run.json", {**record, **result})
-        say(self.runtime, f"bank {self.writer.path}: {self.config.images} images in {format_seconds(seconds)}")
+        self.runtime.say(f"bank {self.writer.path}: {self.config.images} images in {format_seconds(seconds)}")
 
     def resume(self) -> int:
         """Load the newest state that the committed shards reach; returns the first shard to make."""
@@ -246,7 +238,7 @@ class Run:
         self.dir.truncate_metrics(lambda record: True)  # takes off a line that a killed run left torn
         self.logged = max((record.get("step", 0) for record in self.dir.metrics()), default=0)
         if first:
-            say(self.runtime, f"resuming at shard {first} of {self.writer.shards}, step {self.method.step}")
+            self.runtime.say(f"resuming at shard {first} of {self.writer.shards}, step {self.method.step}")
         return first
 
     def _load_state(self) -> int:
@@ -263,15 +255,13 @@ class Run:
     def _announce(self) -> None:
         estimate = self.method.estimate()
         spec = self.writer.spec
-        say(
-            self.runtime,
+        self.runtime.say(
             f"about {format_seconds(estimate['seconds'])} and {format_bytes(estimate['memory_bytes'])} of memory for"
             f" {self.method.total_steps} steps; {spec.images} images of {spec.shape} in {spec.shards} shards"
             f" ({format_bytes(spec.planned_bytes)}) under {self.writer.path}",
         )
         if estimate["seconds"] > LONG:
-            say(
-                self.runtime,
+            self.runtime.say(
                 "that is long: lower --method.epochs, --method.batch_size or --method.width, or take a shipped recipe"
                 " (synthkit list recipes); a run stopped with Ctrl-C goes on with --resume",
             )
@@ -381,7 +371,7 @@ class Run:
         first = self.first_warnings.setdefault(text.split(": ", 1)[-1][:40], text)
         self.warnings[first] = self.warnings.get(first, 0) + 1
         if self.warnings[first] in (1, 10, 100):
-            say(self.runtime, f"warning: {text}")
+            self.runtime.say(f"warning: {text}")
 
     def _evaluate_now(self, student: ModelView, epoch: int) -> dict[str, float] | None:
         epochs = getattr(self.config.method, "epochs", 1)
