@@ -10,7 +10,8 @@ import pytest
 
 import synthkit
 from synthkit.bank import Bank, BankNotFoundError, BankWriter
-from synthkit.cli.bank import COMMANDS, clean, main
+from synthkit.cli.bank import COMMANDS, main
+from synthkit.cli.bank.common import clean
 from synthkit.errors import BankError, OutputExistsError, UsageError
 
 from .banks import fill, make_bank, make_spec
