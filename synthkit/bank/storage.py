@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank.errors import BankNotFoundError
-from synthkit.errors import BankError, StorageError, UsageError
+from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
@@ -32,6 +33,9 @@ _REASONS = {
     errno.EPERM: "no permission to write there; choose another folder",
     errno.ENOENT: "the folder vanished while the run was writing",
 }
+_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG, errno.EROFS, errno.EIO)
+MANY_FILES = 200
+_mine: set[str] = set()  # temporaries that this very process is writing
 
 
 def host() -> str:
@@ -63,6 +67,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = temp_path(path)
+    _mine.add(str(temp.absolute()))
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o644)
         with os.fdopen(fd, "wb") as stream:
@@ -73,6 +78,143 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     except BaseException:  # also Ctrl-C: a temporary never stays behind while the process can still remove it
         temp.unlink(missing_ok=True)
         raise
+    finally:
+        _mine.discard(str(temp.absolute()))
+
+
+@contextlib.contextmanager
+def staged(target: str | Path, *, folder: bool = True) -> Iterator[Path]:
+    """Make `target` whole or not at all: the body fills the yielded path, which is renamed to `target` at the end.
+
+    The path is a hidden sibling `.<name>.tmp-<host>-<pid>`. With `folder` it is an empty folder already; without,
+    it does not exist yet and the body must write one file there. Everything in it is fsynced before the rename, and
+    the parent after it. When the body raises anything (Ctrl-C too) it is removed; what a killed process left is removed
+    by the next call.
+
+    Raises:
+        OutputExistsError: `target` exists (an empty folder may, when a folder is made), before or after the body.
+        StorageError: disk full, no permission and the like, also in the body.
+    """
+    target = Path(target)
+    require_free(target, folder=folder)
+    target = Path(os.path.realpath(target)) if target.is_symlink() else target.absolute()
+    staging = target.with_name(f".{target.name}.tmp-{host()}-{os.getpid()}")
+    if str(staging) in _mine:
+        raise OutputExistsError(f"{target}: is being made by this process already", hint="choose another --out")
+    with storage_errors("output", target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clean_stale_temps(target.parent, f".{target.name}")
+        if folder:
+            staging.mkdir()
+    _mine.add(str(staging))
+    try:
+        with _disk_errors(target, staging):
+            yield staging
+        with storage_errors("output", target):
+            sync_tree(staging)
+            _move_into_place(staging, target)
+            sync_folder(target.parent)
+    finally:
+        _mine.discard(str(staging))
+        _remove(staging)
+
+
+def require_free(target: Path, *, folder: bool = True) -> None:
+    """Refuse a `target` that exists; an empty folder may when a folder is to be made. Raises `OutputExistsError`."""
+    hint = "choose another --out; nothing is overwritten"
+    if not os.path.lexists(target):
+        return
+    if not target.exists():
+        raise OutputExistsError(f"{target}: is a link to nothing", hint=hint)
+    if not target.is_dir():
+        raise OutputExistsError(f"{target}: is a file that exists already", hint=hint)
+    if not folder:
+        raise OutputExistsError(f"{target}: is a folder; a file is written", hint=hint)
+    if os.path.ismount(target):
+        raise OutputExistsError(
+            f"{target}: is a mounted disk, which cannot be replaced", hint="name a folder inside it"
+        )
+    with storage_errors("output", target):
+        inside = next(target.iterdir(), None)
+    if inside is not None:
+        raise OutputExistsError(f"{target}: is not empty (it holds {inside.name})", hint=hint)
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path, staging: Path) -> Iterator[None]:
+    """Turn disk trouble of the body into a `StorageError`; an `OSError` about another file (a source) passes."""
+    try:
+        yield
+    except OSError as error:
+        ours = isinstance(error.filename, str) and Path(error.filename).is_relative_to(staging)
+        if error.errno not in _DISK and not ours:
+            raise
+        reason = _REASONS.get(error.errno or 0, str(error))
+        raise StorageError(f"output: cannot write {target}: {reason}", hint="no part of it was left behind") from error
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    try:
+        if staging.is_dir():
+            os.rename(staging, target)  # POSIX: replaces an empty folder, refuses anything else
+        else:
+            publish_new(staging, target)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            what = f"{target}: appeared while it was being made; it was not touched"
+            raise OutputExistsError(what, hint="choose another --out") from error
+        raise
+
+
+def publish_new(temp: Path, path: Path) -> None:
+    """Rename `temp` to `path` unless there is a `path` already.
+
+    Raises:
+        FileExistsError: there is; `temp` stays. OSError: as the system said it.
+    """
+    try:
+        os.link(temp, path)  # unlike rename, it never replaces
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
+        os.rename(temp, path)
+    else:
+        temp.unlink()
+
+
+def sync_tree(path: Path) -> None:
+    """fsync the file `path`, or every file and folder in the folder `path` and itself."""
+    if not path.is_dir():
+        _sync_file(path)
+        return
+    rows = list(os.walk(path, topdown=False))
+    if os.name == "posix" and sum(len(files) for _, _, files in rows) > MANY_FILES:
+        os.sync()  # one sweep; the fsyncs below then find nothing left to do, and still report errors
+    for folder, _, files in rows:
+        for name in files:
+            file = Path(folder, name)
+            if not file.is_symlink():
+                _sync_file(file)
+        sync_folder(Path(folder))
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    """Take a temporary away as far as possible: never in the way of the error that led here."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -193,30 +335,27 @@ def _depth(value: Any) -> int:
     return level
 
 
-def clean_stale_temps(folder: Path) -> list[Path]:
-    """Remove temporaries in `folder` whose writer on this machine is dead; returns what was removed.
+def clean_stale_temps(folder: Path, name: str | None = None) -> list[Path]:
+    """Remove temporaries in `folder` (of the file `name` alone, if given) whose writer on this machine is dead.
 
-    Another machine's temporaries are left alone: whether their writer lives cannot be known from here.
+    Another machine's temporaries are left alone: whether their writer lives cannot be known from here. Returns what
+    was removed.
     """
     removed: list[Path] = []
     if not folder.is_dir():
         return removed
     for path in folder.iterdir():
-        match = re.fullmatch(r".+\.tmp-(.+)-(\d+)", path.name)
-        if match and match[1] == host() and not _writer_alive(int(match[2]), path):
-            path.unlink(missing_ok=True)
+        match = re.fullmatch(r"(.+)\.tmp-(.+)-(\d+)", path.name)
+        ours = match and match[2] == host() and name in (None, match[1])
+        if match and ours and not _writer_alive(int(match[3]), path):
+            _remove(path)
             removed.append(path)
     return removed
 
 
 def _writer_alive(pid: int, path: Path) -> bool:
     if pid == os.getpid():
-        # A container gives every run the same pid: what is older than this process is a dead namesake's.
-        started = process_start(pid)
-        try:
-            return started is None or path.stat().st_mtime >= started - 1
-        except FileNotFoundError:
-            return False
+        return str(path.absolute()) in _mine  # else a dead namesake's: a container gives every run the same pid
     return pid_alive(pid)
 
 
