@@ -42,6 +42,14 @@ class BankBatch:
     """uint32 (N,), the step of the run that made the image."""
     origin_seed: np.ndarray | None = None
     """uint64 (N,); read only when asked for by name."""
+    images_f16: np.ndarray | None = None
+    """float16 (N,C,H,W), training pixels outside [0,1] (see `Bank.transform`); read only when asked for by name."""
+    topk_index: np.ndarray | None = None
+    """uint16 or uint32 (N,k), the classes of `topk_logit`."""
+    topk_logit: np.ndarray | None = None
+    """float16 (N,k), the teacher's logits of k classes."""
+    tail_logsumexp: np.ndarray | None = None
+    """float32 (N,), logsumexp of the teacher's logits of all other classes."""
 
     def __len__(self) -> int:
         return next((len(v) for v in vars(self).values() if v is not None), 0)
@@ -147,7 +155,7 @@ class Bank:
 
         Args:
             indices: integers from 0 to len - 1. Negative ones are refused: here they are a mistake.
-            columns: what to read; none reads images, labels, logits, difficulty and origin_step where present.
+            columns: what to read; none reads all that the bank has but origin_seed and images_f16.
 
         Raises:
             BankIndexError: an index is out of range or no integer.
@@ -155,7 +163,7 @@ class Bank:
         """
         rows = self._checked(indices)
         if columns is None:
-            columns = [c for c in self.columns if c != "origin_seed"]
+            columns = [c for c in self.columns if c not in ("origin_seed", "images_f16")]
         return BankBatch(**{name: self._gather(name).rows(rows) for name in columns})
 
     def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> BankBatch:
@@ -189,6 +197,17 @@ class Bank:
         """The generator snapshots that the bank carries, in order. Raises `BankError` when one is damaged."""
         folder = self.path / "generators"
         return [state.read_entry(folder, i) for i in state.entries(folder)]
+
+    def transform(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """(arrays, meta) of the transform behind `images_f16`, its sha256 checked; None where there is none.
+
+        Raises:
+            BankError: it is missing, damaged, or not the one that bank.json names.
+        """
+        if not self.spec.transform:
+            return None
+        record = state.read_transform(self.path, self.spec.transform)
+        return record.load(), record.meta
 
     def info(self) -> dict[str, Any]:
         """What `bank info` prints, as plain data; reads no shard."""

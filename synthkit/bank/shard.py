@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.bank.spec import SCHEMA, BankSpec, newer_schema
+from synthkit.bank import migrate
+from synthkit.bank.spec import BankSpec
 from synthkit.bank.storage import read_json
 from synthkit.errors import BankError, NonFiniteError, UsageError
 
 # name -> (stored dtype, what one row looks like). The allow-list: a reader refuses every other name and dtype.
+# "index" is the smallest of <u2 and <u4 that numbers the classes.
 COLUMNS: dict[str, tuple[str, str]] = {
     "images": ("|u1", "image"),
     "labels": ("<i4", "scalar"),
@@ -28,13 +30,30 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "difficulty": ("<f4", "scalar"),
     "origin_step": ("<u4", "scalar"),
     "origin_seed": ("<u8", "scalar"),
+    "images_f16": ("<f2", "image"),
+    "topk_index": ("index", "topk"),
+    "topk_logit": ("<f2", "topk"),
+    "tail_logsumexp": ("<f4", "scalar"),
 }
+TOPK = ("topk_index", "topk_logit", "tail_logsumexp")  # together or not at all
+SINCE = {"images_f16": 2, **dict.fromkeys(TOPK, 2)}  # schema that brought the column; 1 where not listed
 ALIGNMENT = 64  # bytes; every dataset starts on a multiple, so that it can be mapped and read in place
 
 
+def column_dtype(column: str, spec: BankSpec) -> np.dtype:
+    """Stored dtype of `column`, little-endian."""
+    dtype = COLUMNS[column][0]
+    if dtype == "index":
+        dtype = "<u2" if spec.num_classes <= 1 << 16 else "<u4"
+    return np.dtype(dtype)
+
+
 def row_shape(column: str, spec: BankSpec) -> tuple[int, ...]:
-    """Shape of one row of `column`."""
-    return {"image": tuple(spec.shape), "classes": (spec.num_classes,), "scalar": ()}[COLUMNS[column][1]]
+    """Shape of one row of `column`. Raises `UsageError` for a topk column of a bank without `top_k`."""
+    kind = COLUMNS[column][1]
+    if column in TOPK and spec.top_k is None:
+        raise UsageError(f"shard: {column} needs a bank with top_k", hint="set top_k in the BankSpec")
+    return {"image": tuple(spec.shape), "classes": (spec.num_classes,), "topk": (spec.top_k or 0,), "scalar": ()}[kind]
 
 
 def conform(arrays: Mapping[str, Any], spec: BankSpec, count: int) -> dict[str, np.ndarray]:
@@ -44,24 +63,50 @@ def conform(arrays: Mapping[str, Any], spec: BankSpec, count: int) -> dict[str, 
         arrays: column name -> array of `count` rows; `origin_step` and `origin_seed` may be one number for all.
 
     Raises:
-        UsageError: unknown or missing column, wrong shape or type, a label outside the classes.
-        NonFiniteError: a logit or difficulty is not finite in the stored precision.
+        UsageError: unknown or missing column, wrong shape or type, a label or top-k index outside the classes, a
+            class twice in one row of topk_index.
+        NonFiniteError: a logit, difficulty or float pixel is not finite in the stored precision.
     """
     for name in arrays:
         if name not in COLUMNS:
             raise UsageError("shard: not a column of a bank", got=name, allowed=COLUMNS)
-    needed = ("images",) if spec.label_kind == "none" else ("images", "labels")
+    needed = ["images"] if spec.label_kind == "none" else ["images", "labels"]
+    needed += TOPK if spec.top_k else ()
     absent = [name for name in needed if arrays.get(name) is None]
     if absent:
-        hint = f"label_kind is {spec.label_kind}"
+        hint = f"label_kind is {spec.label_kind}, top_k is {spec.top_k}"
         raise UsageError(f"shard: the column {' and '.join(absent)} is missing", hint=hint)
     ready: dict[str, np.ndarray] = {}
-    for name, (dtype, _) in COLUMNS.items():
+    for name in COLUMNS:
         if arrays.get(name) is not None:
-            ready[name] = _column(name, np.asarray(arrays[name]), np.dtype(dtype), (count, *row_shape(name, spec)))
-    if "labels" in ready and not ((ready["labels"] >= 0) & (ready["labels"] < spec.num_classes)).all():
-        raise UsageError(f"shard: labels must be 0 to {spec.num_classes - 1}", got=_extent(ready["labels"]))
+            shape = (count, *row_shape(name, spec))
+            ready[name] = _column(name, np.asarray(arrays[name]), column_dtype(name, spec), shape)
+    wrong = value_problem(ready, spec)
+    if wrong:
+        raise UsageError(f"shard: {wrong}")
     return ready
+
+
+def value_problem(columns: Mapping[str, np.ndarray], spec: BankSpec) -> str | None:
+    """What is wrong with the values of stored columns; None: nothing.
+
+    Labels and top-k indices lie within the classes, no class stands twice in a row of topk_index, all floats are
+    finite. `columns` may be any part of a shard.
+    """
+    last = spec.num_classes - 1
+    for name in ("labels", "topk_index"):
+        value = columns.get(name)
+        if value is not None and value.size and not 0 <= int(value.min()) <= int(value.max()) <= last:
+            return f"{name} must be 0 to {last}, got {_extent(value)}"
+    if "topk_index" in columns:
+        ordered = np.sort(columns["topk_index"], axis=1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+        if twice.any():
+            return f"topk_index names a class twice in row {int(twice.argmax())}"
+    for name, value in columns.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            return f"{name} is not finite in row {int(np.argwhere(~np.isfinite(value))[0][0])}"
+    return None
 
 
 def _column(name: str, value: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -121,15 +166,14 @@ def encode(columns: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, dict[str
 def summary(columns: Mapping[str, np.ndarray], num_classes: int) -> dict[str, Any]:
     """What a sidecar says about the content: histogram, difficulty, agreement, confidence, steps."""
     facts: dict[str, Any] = {}
-    labels, logits = columns.get("labels"), columns.get("logits")
+    labels, best = columns.get("labels"), _best(columns)
     if labels is not None:
         facts["label_histogram"] = np.bincount(labels, minlength=num_classes).tolist()
-    if logits is not None:
-        scores = logits.astype(np.float32)
-        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
-        facts["mean_confidence"] = round(float((odds.max(axis=1) / odds.sum(axis=1)).mean(dtype=np.float64)), 6)
+    if best is not None:
+        argmax, confidence = best
+        facts["mean_confidence"] = round(float(confidence.mean(dtype=np.float64)), 6)
         if labels is not None:
-            facts["argmax_matches"] = int((scores.argmax(axis=1) == labels).sum())
+            facts["argmax_matches"] = int((argmax == labels).sum())
             facts["teacher_agreement"] = round(facts["argmax_matches"] / len(labels), 6)
     if "difficulty" in columns:
         difficulty = columns["difficulty"]
@@ -138,6 +182,22 @@ def summary(columns: Mapping[str, np.ndarray], num_classes: int) -> dict[str, An
     if "origin_step" in columns:
         facts["step_range"] = [int(columns["origin_step"].min()), int(columns["origin_step"].max())]
     return facts
+
+
+def _best(columns: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The teacher's first class and its probability, both (N,), from logits or else from the top-k columns."""
+    if "logits" in columns:
+        scores = columns["logits"].astype(np.float32)
+        odds = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return scores.argmax(axis=1), odds.max(axis=1) / odds.sum(axis=1)
+    if "topk_logit" not in columns:
+        return None
+    scores = columns["topk_logit"].astype(np.float32)
+    first, tail = scores.argmax(axis=1), columns["tail_logsumexp"]
+    top = np.maximum(scores.max(axis=1), tail)  # the largest exponent is 0: nothing overflows
+    rows = np.arange(len(scores))
+    odds = np.exp(scores - top[:, None])
+    return columns["topk_index"][rows, first], odds[rows, first] / (odds.sum(axis=1) + np.exp(tail - top))
 
 
 @dataclass(frozen=True)
@@ -171,7 +231,7 @@ def read_sidecar(path: Path, index: int, spec: BankSpec) -> Sidecar:
 
 
 def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -> Sidecar:
-    """`raw` as a `Sidecar`; `where` names it in messages. Raises `BankError`."""
+    """`raw` (of any schema up to ours) as a `Sidecar`; `where` names it in messages. Raises `BankError`."""
 
     def need(ok: bool, what: str, got: object) -> None:
         if not ok:
@@ -180,10 +240,7 @@ def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -
     def is_int(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
-    schema = raw.get("schema")
-    need(is_int(schema), "schema must be a number", schema)
-    if raw["schema"] > SCHEMA:
-        raise newer_schema(where, schema)
+    written, raw = raw, migrate.sidecar(raw, where)
     need(raw.get("shard") == index, f"must describe shard {index}", raw.get("shard"))
     count, size, digest = raw.get("n"), raw.get("bytes"), raw.get("sha256")
     need(is_int(count) and count == spec.shard_size(index), f"n must be {spec.shard_size(index)} as planned", count)
@@ -193,6 +250,10 @@ def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -
     if not isinstance(datasets, dict) or "images" not in datasets:
         raise BankError(f"{where}: datasets must be an object that names images")
     placed = {name: _placement(name, entry, where, spec, raw) for name, entry in datasets.items()}
+    early = [name for name in placed if SINCE.get(name, 1) > written["schema"]]
+    need(not early, f"a record of schema {written['schema']} cannot name {', '.join(early)}", None)
+    absent = [name for name in (TOPK if spec.top_k else ()) if name not in placed]
+    need(not absent, f"top_k is {spec.top_k}, but it lacks {', '.join(absent)}", None)
     ends = sorted((p.offset, p.offset + math.prod(p.shape) * p.dtype.itemsize, name) for name, p in placed.items())
     for (_, end, name), (start, _, other) in zip(ends, ends[1:], strict=False):
         need(end <= start, f"datasets {name} and {other} overlap", (end, start))
@@ -203,7 +264,9 @@ def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -
 def _placement(name: str, entry: Any, where: str, spec: BankSpec, raw: dict[str, Any]) -> Placement:
     if name not in COLUMNS:
         raise BankError(f"{where}: not a column of a bank", got=name, allowed=COLUMNS)
-    dtype = np.dtype(COLUMNS[name][0])
+    if name in TOPK and spec.top_k is None:
+        raise BankError(f"{where}: names {name}, but bank.json has no top_k")
+    dtype = column_dtype(name, spec)
     shape = (raw["n"], *row_shape(name, spec))
     if not isinstance(entry, dict):
         raise BankError(f"{where}: the entry of {name} must be an object", got=type(entry).__name__)

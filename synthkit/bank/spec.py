@@ -13,12 +13,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from synthkit.bank import migrate
+from synthkit.bank.migrate import SCHEMA, newer_schema
 from synthkit.bank.storage import canonical_hash, plain, read_json, require_bank
 from synthkit.errors import BankError, ConfigError
 
-SCHEMA = 1
+__all__ = ["LABEL_KINDS", "SCHEMA", "SHARD_BYTES", "BankSpec", "LabelKind", "differences", "newer_schema",
+           "plan_images_per_shard", "read_record", "record_of", "version"]  # fmt: skip
+
 SHARD_BYTES = 64 << 20
 LABEL_KINDS = ("argmax", "target", "real", "none")
+TRANSFORM_KINDS = ("zca", "affine")
 MAX_SIDE, MAX_CLASSES, MAX_IMAGES, MAX_SHARDS = 1 << 14, 1 << 20, 1 << 40, 1_000_000
 
 LabelKind = Literal["argmax", "target", "real", "none"]
@@ -58,6 +63,12 @@ class BankSpec:
     """Banks that this one was made from."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping; not part of the identity."""
+    top_k: int | None = None
+    """k of the columns topk_index, topk_logit and tail_logsumexp; None: the bank has none. 1 to num_classes - 1: the
+    tail holds at least one class."""
+    transform: dict[str, Any] = field(default_factory=dict)
+    """How `images_f16` came from pixels in [0,1]; empty: it did not. {"kind": "zca" or "affine", "sha256": of the
+    arrays in transform/00000.safetensors, ...}; make it with `state.transform_entry`."""
 
     def __post_init__(self):
         _check_spec(self)
@@ -69,7 +80,7 @@ class BankSpec:
             put(self, "images_per_shard", plan_images_per_shard(self.images, self.image_bytes))
         if self.shards > MAX_SHARDS:
             raise ConfigError(f"bank: more than {MAX_SHARDS} shards", got=self.shards, hint="raise images_per_shard")
-        for name in ("recipe", "teacher", "parents", "extra", "class_names"):
+        for name in ("recipe", "teacher", "parents", "extra", "class_names", "transform"):
             put(self, name, plain(getattr(self, name), name))
 
     @property
@@ -96,16 +107,23 @@ class BankSpec:
 
     @property
     def planned_bytes(self) -> int:
-        """Upper estimate of the bytes of the finished bank (images, fp16 logits, all small columns)."""
-        return self.images * (self.image_bytes + 2 * self.num_classes + 24) + self.shards * (16 << 10)
+        """Upper estimate of the bytes of the finished bank (images, fp16 logits, top-k, all small columns)."""
+        row = self.image_bytes + 2 * self.num_classes + 24 + (4 + 6 * self.top_k if self.top_k else 0)
+        row += 2 * self.image_bytes if self.transform else 0  # images_f16 beside the viewable images
+        return self.images * row + self.shards * (16 << 10)
 
     def names(self) -> list[str]:
         """Class names; the numbers where none were given."""
         return list(self.class_names) if self.class_names else [str(i) for i in range(self.num_classes)]
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the shards: two specs with equal identity describe the same bank."""
+        """What decides the bytes of the shards: two specs with equal identity describe the same bank.
+
+        Fields that schema 1 did not have count only when set, so that the hashes of its banks stay.
+        """
+        later = {"top_k": self.top_k, "transform": self.transform}
         return {
+            **{name: value for name, value in later.items() if value},
             "shape": list(self.shape), "num_classes": self.num_classes, "label_kind": self.label_kind,
             "images": self.images, "images_per_shard": self.images_per_shard, "seed": self.seed,
             "recipe": self.recipe, "teacher_sha256": self.teacher.get("sha256"),
@@ -153,8 +171,16 @@ def _check_spec(spec: BankSpec) -> None:
              "class_names must be strings of at most 500 characters", names)  # fmt: skip
         need(len(names) == spec.num_classes, f"class_names must be {spec.num_classes} names", f"{len(names)} names")
     for name, kind in (("recipe", dict), ("teacher", dict), ("parents", list), ("extra", dict),
-                       ("real_data_used", bool), ("contains_real", bool)):  # fmt: skip
+                       ("transform", dict), ("real_data_used", bool), ("contains_real", bool)):  # fmt: skip
         need(isinstance(getattr(spec, name), kind), f"{name} must be a {kind.__name__}", getattr(spec, name))
+    need(spec.top_k is None or is_int(spec.top_k, 1, spec.num_classes - 1),
+         f"top_k must be 1 to {spec.num_classes - 1} (one less than the classes)", spec.top_k)  # fmt: skip
+    if spec.transform:
+        kind, digest = spec.transform.get("kind"), spec.transform.get("sha256")
+        if kind not in TRANSFORM_KINDS:
+            raise ConfigError("bank: transform kind", got=kind, allowed=TRANSFORM_KINDS)
+        need(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None,
+             "transform must hold the sha256 of its arrays", digest)  # fmt: skip
 
 
 def version() -> str:
@@ -178,6 +204,7 @@ def record_of(spec: BankSpec) -> dict[str, Any]:
         "uuid": str(uuid.uuid4()), "created": now.isoformat(timespec="seconds"),
         "shape": list(spec.shape), "dtype": "uint8", "num_classes": spec.num_classes, "class_names": spec.class_names,
         "mean": spec.mean, "std": spec.std, "label_kind": spec.label_kind,
+        "top_k": spec.top_k, "transform": spec.transform,
         "plan": {"images": spec.images, "images_per_shard": spec.images_per_shard, "shards": spec.shards,
                  "seed": spec.seed},
         "recipe": spec.recipe, "recipe_hash": spec.recipe_hash(), "teacher": spec.teacher, "parents": spec.parents,
@@ -187,14 +214,8 @@ def record_of(spec: BankSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def newer_schema(where: Path | str, schema: object) -> BankError:
-    """The error for a file of a schema that this version cannot read."""
-    what = f"{where}: written by a newer synthkit (bank schema {schema}, this one reads up to {SCHEMA})"
-    return BankError(what, hint="upgrade: pip install -U synthkit")
-
-
 def read_record(path: Path) -> tuple[BankSpec, dict[str, Any]]:
-    """The spec of the bank at `path` and the raw bank.json.
+    """The spec of the bank at `path` and bank.json as it lies on the disk (of whatever schema).
 
     Raises:
         BankNotFoundError: there is no bank.
@@ -205,22 +226,19 @@ def read_record(path: Path) -> tuple[BankSpec, dict[str, Any]]:
     raw = read_json(where)
     if raw.get("format") != "synthkit-bank":
         raise BankError(f"{where}: is not the record of a synthkit bank", got=raw.get("format"))
-    reader = raw.get("min_reader")
-    if not isinstance(reader, int) or isinstance(reader, bool):
-        raise BankError(f"{where}: min_reader must be a number", got=reader)
-    if reader > SCHEMA:
-        raise newer_schema(where, raw.get("schema"))
+    lifted = migrate.bank_record(raw, where)
     plan = raw.get("plan")
     if not isinstance(plan, dict):
         raise BankError(f"{where}: has no plan")
     keys = ("shape", "num_classes", "mean", "std", "class_names", "label_kind", "recipe", "teacher", "real_data_used",
-            "contains_real", "parents", "extra")  # fmt: skip
-    missing = [k for k in keys if k not in raw] + [k for k in ("images", "images_per_shard", "seed") if k not in plan]
+            "contains_real", "parents", "extra", "top_k", "transform")  # fmt: skip
+    numbers = ("images", "images_per_shard", "seed")
+    missing = [k for k in keys if k not in lifted] + [k for k in numbers if k not in plan]
     if missing:
         raise BankError(f"{where}: lacks {', '.join(missing)}")
     try:
-        planned = {k: plan[k] for k in ("images", "images_per_shard", "seed")}
-        spec = BankSpec(**planned, **{k: raw[k] for k in keys})
+        planned = {k: plan[k] for k in numbers}
+        spec = BankSpec(**planned, **{k: lifted[k] for k in keys})
     except ConfigError as error:
         raise BankError(f"{where}: {error}") from error
     if plan.get("shards") != spec.shards or plan["images_per_shard"] is None:

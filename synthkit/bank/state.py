@@ -43,16 +43,7 @@ def save_entry(folder: Path, index: int, arrays: Mapping[str, Any], meta: dict[s
         UsageError: a value is no array that safetensors can hold, or `meta` has no JSON form.
         StorageError: writing failed; the entry does not exist then.
     """
-    from safetensors.numpy import save
-
-    ready = {}
-    for name, value in arrays.items():
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise UsageError(f"state: {name} must be a numeric array", got=str(array.dtype))
-        # safetensors stores the buffer as it lies: order and byte order must be settled here
-        ready[name] = np.require(array.astype(array.dtype.newbyteorder("<"), copy=False), requirements="C")
-    data = save(ready)
+    data = encode_arrays(arrays)
     record = {"index": index, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), "meta": meta}
     text = dump_json(record)
     path = entry_path(folder, index)
@@ -64,6 +55,33 @@ def save_entry(folder: Path, index: int, arrays: Mapping[str, Any], meta: dict[s
         publish(path, data)
         publish(path.with_suffix(".json"), text)
         sync_folder(folder)
+
+
+def encode_arrays(arrays: Mapping[str, Any]) -> bytes:
+    """`arrays` as safetensors; equal arrays give equal bytes. Raises `UsageError` for what is no numeric array."""
+    from safetensors.numpy import save
+
+    ready = {}
+    for name, value in arrays.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise UsageError(f"state: {name} must be a numeric array", got=str(array.dtype))
+        # safetensors stores the buffer as it lies: order and byte order must be settled here
+        ready[name] = np.require(array.astype(array.dtype.newbyteorder("<"), copy=False), requirements="C")
+    return save(ready)
+
+
+def transform_entry(kind: str, arrays: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """What `BankSpec.transform` says of a transform with these `arrays` ("zca" or "affine"); `facts` is JSON data."""
+    return {**facts, "kind": kind, "sha256": hashlib.sha256(encode_arrays(arrays)).hexdigest()}
+
+
+def read_transform(bank: Path, transform: Mapping[str, Any]) -> GeneratorRecord:
+    """The record of the transform that bank.json names by sha256; the arrays are not read. Raises `BankError`."""
+    record = read_entry(bank / "transform", 0)
+    if record.sha256 != transform.get("sha256"):
+        raise BankError(f"{record.path}: is not the transform that bank.json names", got=record.sha256[:16] + "...")
+    return record
 
 
 def _same(path: Path, text: bytes) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from synthkit.bank import seal, state
 from synthkit.bank.lock import exclusive
-from synthkit.bank.shard import Sidecar, committed_shards, file_sha256, read_sidecar, shard_file, summary
+from synthkit.bank.shard import Sidecar, committed_shards, file_sha256, read_sidecar, shard_file, summary, value_problem
 from synthkit.bank.spec import BankSpec, read_record
 from synthkit.bank.storage import regular_size, storage_errors, sync_folder
 from synthkit.errors import BankError
@@ -95,10 +95,14 @@ def verify(path: str | Path, deep: bool = False) -> VerifyReport:
             _add(report, f"shard {index}", "is listed in the manifest, but its record is gone")
         elif os.path.lexists(shard_file(path, index)):
             report.notes.append(f"shard {index} has a file but no record: never committed, it will be made again")
-    for folder in ("state", "generators"):
+    if spec.transform and report.committed and not state.entries(path / "transform"):
+        _add(report, "transform 0", "bank.json names a transform, but it is missing")
+    for folder in ("state", "generators", "transform"):
         for index in state.entries(path / folder):
             try:
                 record = state.read_entry(path / folder, index)
+                if folder == "transform":
+                    record = state.read_transform(path, spec.transform)
                 report.bytes_read += record.path.stat().st_size
                 record.load()
             except BankError as error:
@@ -184,12 +188,9 @@ def _check_values(file: Path, sidecar: Sidecar, spec: BankSpec) -> None:
         if name != "images":
             flat = np.fromfile(file, dtype=place.dtype, count=math.prod(place.shape), offset=place.offset)
             columns[name] = flat.reshape(place.shape)
-    labels = columns.get("labels")
-    if labels is not None and not ((labels >= 0) & (labels < spec.num_classes)).all():
-        raise BankError(f"{file}: labels outside 0 to {spec.num_classes - 1}", got=f"{labels.min()} to {labels.max()}")
-    for name in ("logits", "difficulty"):
-        if name in columns and not np.isfinite(columns[name]).all():
-            raise BankError(f"{file}: {name} is not finite")
+    wrong = value_problem(columns, spec)
+    if wrong:
+        raise BankError(f"{file}: {wrong}")
     counted = summary(columns, spec.num_classes)
     for key in ("label_histogram", "argmax_matches", "step_range", "difficulty_range"):
         if counted.get(key) != sidecar.raw.get(key):

@@ -15,8 +15,8 @@ import numpy as np
 from synthkit.bank import seal, state
 from synthkit.bank.errors import BankMismatchError
 from synthkit.bank.lock import exclusive
-from synthkit.bank.shard import committed_shards, conform, encode, read_sidecar, shard_file, summary
-from synthkit.bank.spec import SCHEMA, BankSpec, differences, read_record, record_of
+from synthkit.bank.shard import SINCE, committed_shards, conform, encode, read_sidecar, shard_file, summary
+from synthkit.bank.spec import BankSpec, differences, read_record, record_of
 from synthkit.bank.storage import (
     clean_stale_temps,
     dump_json,
@@ -26,7 +26,7 @@ from synthkit.bank.storage import (
     storage_errors,
     sync_folder,
 )  # fmt: skip
-from synthkit.errors import BankError, OutputExistsError, StorageError
+from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
 
 class BankWriter:
@@ -73,7 +73,7 @@ class BankWriter:
             changed = differences(writer.spec.identity(), expect.identity())
             raise BankMismatchError(f"{path}: this bank was begun with another recipe ({'; '.join(changed[:6])})",
                                     hint="resume with the same settings, or choose another --out")  # fmt: skip
-        for folder in ("", "shards", "state", "generators"):
+        for folder in ("", "shards", "state", "generators", "transform"):
             with storage_errors("bank", writer.path):
                 clean_stale_temps(writer.path / folder)
         if not writer.missing():
@@ -111,7 +111,8 @@ class BankWriter:
 
         Args:
             arrays: "images" uint8 (N,C,H,W), "labels" (N,); optional "logits" (N,K), "difficulty" (N,),
-                "origin_step" and "origin_seed" (N,) or one number; N is `shard_size(index)`.
+                "origin_step" and "origin_seed" (N,) or one number, "images_f16" (N,C,H,W); with `top_k` also
+                "topk_index", "topk_logit" (N,k) and "tail_logsumexp" (N,); N is `shard_size(index)`.
             meta: anything worth recording (JSON data); it does not change the bytes of the shard.
 
         Raises:
@@ -119,6 +120,9 @@ class BankWriter:
             UsageError: a column is unknown, missing or malformed. NonFiniteError: a value is not finite.
             StorageError: disk full or the like; the shard does not exist then and no part of it is left.
         """
+        if self.spec.transform and not state.entries(self.path / "transform"):
+            raise UsageError("bank: images_f16 cannot be read as meant before the transform is written",
+                             hint="call write_transform(arrays) first")  # fmt: skip
         columns = conform(arrays, self.spec, self.spec.shard_size(index))
         shard, sidecar = self.shard_path(index), self.sidecar_path(index)
         data, layout = encode(columns)
@@ -129,8 +133,9 @@ class BankWriter:
             if present.sha256 != digest:
                 raise BankError(f"{shard}: is committed already with other content; shards are immutable")
             return present.raw
+        schema = max(self.record["schema"], *(SINCE.get(name, 1) for name in columns))
         record = {
-            "schema": SCHEMA, "shard": index, "n": len(columns["images"]), "bytes": len(data),
+            "schema": schema, "shard": index, "n": len(columns["images"]), "bytes": len(data),
             "sha256": digest, "datasets": layout, **summary(columns, self.spec.num_classes),
             "seconds": round(now - self._clock, 3), "host": host(), "created": round(time.time(), 3),
             "meta": plain(dict(meta or {}), "meta"),
@@ -183,6 +188,18 @@ class BankWriter:
     def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
         """Commit generator snapshot `index`, which `distill --fresh` draws from."""
         state.save_entry(self.path / "generators", index, arrays, meta)
+
+    def write_transform(self, arrays: Mapping[str, Any], meta: dict[str, Any] | None = None) -> None:
+        """Commit the transform that `spec.transform` names by sha256, before the first shard.
+
+        Raises:
+            UsageError: the bank has no transform, or these are not the arrays that its spec names.
+        """
+        named, found = self.spec.transform, state.transform_entry("", arrays)["sha256"]
+        if named.get("sha256") != found:
+            raise UsageError("bank: these arrays are not the transform of the spec", got=found[:16] + "...",
+                             hint="make the spec with transform=state.transform_entry(kind, arrays)")  # fmt: skip
+        state.save_entry(self.path / "transform", 0, arrays, meta or {})
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Context in which no other run can hold this bank. Raises `BankBusyError` with the holder's pid and host."""

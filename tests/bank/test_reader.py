@@ -165,7 +165,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"min_reader": 2, "schema": 2}, "upgrade: pip install -U synthkit"),
+    ({"min_reader": 3, "schema": 3}, "upgrade: pip install -U synthkit"),
     ({"min_reader": "1"}, "min_reader"),
     ({"format": "zip"}, "not the record of a synthkit bank"),
     ({"shape": [3, 6]}, "shape"),
