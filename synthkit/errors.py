@@ -14,6 +14,17 @@ def nearest(name: str, allowed: Iterable[str], n: int = 1) -> list[str]:
     return difflib.get_close_matches(name.lower(), list(allowed), n=n, cutoff=0.5)
 
 
+def _shown(value: object, limit: int = 300) -> str:
+    """`repr` without flooding the terminal: what a file holds may be megabytes long."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[:limit] + "...")
+    try:
+        text = repr(value)
+    except ValueError:  # an int of thousands of digits
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
 class SynthkitError(Exception):
     """Base of all errors that synthkit raises on purpose (exit code 1)."""
 
@@ -22,7 +33,7 @@ class SynthkitError(Exception):
     def __init__(self, what: str, *, got: object = None, allowed: Iterable[str] | None = None, hint: str | None = None):
         parts = [what]
         if got is not None:
-            parts.append(f"got {got!r}")
+            parts.append(f"got {_shown(got)}")
         if allowed is not None:
             names = list(allowed)
             close = nearest(str(got), names) if got is not None else []

@@ -18,7 +18,7 @@ import numpy as np
 
 from synthkit.bank import migrate
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import read_json
+from synthkit.bank.storage import names_in, read_json
 from synthkit.errors import BankError, NonFiniteError, UsageError
 
 # name -> (stored dtype, what one row looks like). The allow-list: a reader refuses every other name and dtype.
@@ -56,6 +56,23 @@ def row_shape(column: str, spec: BankSpec) -> tuple[int, ...]:
     return {"image": tuple(spec.shape), "classes": (spec.num_classes,), "topk": (spec.top_k or 0,), "scalar": ()}[kind]
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What one kind of shard holds: the allow-list of its columns, and those that must be there."""
+
+    columns: Mapping[str, tuple[np.dtype, tuple[int, ...]]]
+    """Name -> stored dtype and the shape of one row, in the order in which they are written."""
+    required: tuple[str, ...]
+
+
+def bank_layout(spec: BankSpec) -> Layout:
+    """The layout of the image shards of a bank."""
+    names = [name for name in COLUMNS if spec.top_k or name not in TOPK]
+    required = ["images"] if spec.label_kind == "none" else ["images", "labels"]
+    columns = {name: (column_dtype(name, spec), row_shape(name, spec)) for name in names}
+    return Layout(columns=columns, required=(*required, *(TOPK if spec.top_k else ())))
+
+
 def conform(arrays: Mapping[str, Any], spec: BankSpec, count: int) -> dict[str, np.ndarray]:
     """`arrays` in stored dtype and order, checked.
 
@@ -67,24 +84,38 @@ def conform(arrays: Mapping[str, Any], spec: BankSpec, count: int) -> dict[str, 
             class twice in one row of topk_index.
         NonFiniteError: a logit, difficulty or float pixel is not finite in the stored precision.
     """
-    for name in arrays:
-        if name not in COLUMNS:
-            raise UsageError("shard: not a column of a bank", got=name, allowed=COLUMNS)
-    needed = ["images"] if spec.label_kind == "none" else ["images", "labels"]
-    needed += TOPK if spec.top_k else ()
-    absent = [name for name in needed if arrays.get(name) is None]
-    if absent:
-        hint = f"label_kind is {spec.label_kind}, top_k is {spec.top_k}"
-        raise UsageError(f"shard: the column {' and '.join(absent)} is missing", hint=hint)
-    ready: dict[str, np.ndarray] = {}
-    for name in COLUMNS:
+    for name in TOPK:
         if arrays.get(name) is not None:
-            shape = (count, *row_shape(name, spec))
-            ready[name] = _column(name, np.asarray(arrays[name]), column_dtype(name, spec), shape)
+            row_shape(name, spec)  # says what a bank needs for it
+    ready = conform_columns(arrays, bank_layout(spec), count, f"label_kind is {spec.label_kind}, top_k is {spec.top_k}")
     wrong = value_problem(ready, spec)
     if wrong:
         raise UsageError(f"shard: {wrong}")
     return ready
+
+
+def conform_columns(
+    arrays: Mapping[str, Any], layout: Layout, count: int, why: str | None = None
+) -> dict[str, np.ndarray]:
+    """`arrays` in the stored dtypes and order of `layout`; values are looked at by the caller.
+
+    Args:
+        count: rows. why: said with a missing column.
+
+    Raises:
+        UsageError: unknown or missing column, wrong shape or type. NonFiniteError: a float is not finite as stored.
+    """
+    for name in arrays:
+        if name not in layout.columns:
+            raise UsageError("shard: not a column of a bank", got=name, allowed=layout.columns)
+    absent = [name for name in layout.required if arrays.get(name) is None]
+    if absent:
+        raise UsageError(f"shard: the column {' and '.join(absent)} is missing", hint=why)
+    return {
+        name: _column(name, np.asarray(arrays[name]), dtype, (count, *shape))
+        for name, (dtype, shape) in layout.columns.items()
+        if arrays.get(name) is not None
+    }
 
 
 def value_problem(columns: Mapping[str, np.ndarray], spec: BankSpec) -> str | None:
@@ -232,6 +263,31 @@ def read_sidecar(path: Path, index: int, spec: BankSpec) -> Sidecar:
 
 def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -> Sidecar:
     """`raw` (of any schema up to ours) as a `Sidecar`; `where` names it in messages. Raises `BankError`."""
+    written, raw = raw, migrate.sidecar(raw, where)
+    datasets = raw.get("datasets")
+    if not isinstance(datasets, dict) or "images" not in datasets:
+        raise BankError(f"{where}: datasets must be an object that names images")
+    for name in datasets:
+        if name in TOPK and spec.top_k is None:
+            raise BankError(f"{where}: names {name}, but bank.json has no top_k")
+        if SINCE.get(name, 1) > written["schema"]:
+            raise BankError(f"{where}: a record of schema {written['schema']} cannot name {name}")
+    # labels may be missing from old shards; the three top-k columns come together
+    layout = Layout(columns=bank_layout(spec).columns, required=("images", *(TOPK if spec.top_k else ())))
+    found = check_record(raw, where, index, spec.shard_size(index), layout)
+    _check_facts(raw, where, spec)
+    return found
+
+
+def check_record(raw: dict[str, Any], where: str, index: int, rows: int, layout: Layout) -> Sidecar:
+    """The commit record of shard `index` with `rows` rows, checked against `layout`, the file size and itself.
+
+    Args:
+        raw: a record of the newest schema. where: names it in messages.
+
+    Raises:
+        BankError: an unknown or missing column, or numbers that do not add up.
+    """
 
     def need(ok: bool, what: str, got: object) -> None:
         if not ok:
@@ -240,34 +296,28 @@ def check_sidecar(raw: dict[str, Any], where: str, index: int, spec: BankSpec) -
     def is_int(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
-    written, raw = raw, migrate.sidecar(raw, where)
     need(raw.get("shard") == index, f"must describe shard {index}", raw.get("shard"))
     count, size, digest = raw.get("n"), raw.get("bytes"), raw.get("sha256")
-    need(is_int(count) and count == spec.shard_size(index), f"n must be {spec.shard_size(index)} as planned", count)
+    need(is_int(count) and count == rows, f"n must be {rows} as planned", count)
     need(is_int(size), "bytes must be a number", size)
     need(isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None, "sha256 is malformed", digest)
     datasets = raw.get("datasets")
-    if not isinstance(datasets, dict) or "images" not in datasets:
-        raise BankError(f"{where}: datasets must be an object that names images")
-    placed = {name: _placement(name, entry, where, spec, raw) for name, entry in datasets.items()}
-    early = [name for name in placed if SINCE.get(name, 1) > written["schema"]]
-    need(not early, f"a record of schema {written['schema']} cannot name {', '.join(early)}", None)
-    absent = [name for name in (TOPK if spec.top_k else ()) if name not in placed]
-    need(not absent, f"top_k is {spec.top_k}, but it lacks {', '.join(absent)}", None)
+    if not isinstance(datasets, dict):
+        raise BankError(f"{where}: datasets must be an object")
+    placed = {name: _placement(name, entry, where, layout, raw) for name, entry in datasets.items()}
+    absent = [name for name in layout.required if name not in placed]
+    need(not absent, f"lacks {', '.join(absent)}", None)
     ends = sorted((p.offset, p.offset + math.prod(p.shape) * p.dtype.itemsize, name) for name, p in placed.items())
     for (_, end, name), (start, _, other) in zip(ends, ends[1:], strict=False):
         need(end <= start, f"datasets {name} and {other} overlap", (end, start))
-    _check_facts(raw, where, spec)
     return Sidecar(index=index, n=raw["n"], bytes=raw["bytes"], sha256=raw["sha256"], datasets=placed, raw=raw)
 
 
-def _placement(name: str, entry: Any, where: str, spec: BankSpec, raw: dict[str, Any]) -> Placement:
-    if name not in COLUMNS:
-        raise BankError(f"{where}: not a column of a bank", got=name, allowed=COLUMNS)
-    if name in TOPK and spec.top_k is None:
-        raise BankError(f"{where}: names {name}, but bank.json has no top_k")
-    dtype = column_dtype(name, spec)
-    shape = (raw["n"], *row_shape(name, spec))
+def _placement(name: str, entry: Any, where: str, layout: Layout, raw: dict[str, Any]) -> Placement:
+    if name not in layout.columns:
+        raise BankError(f"{where}: not a column of a bank", got=name, allowed=layout.columns)
+    dtype, row = layout.columns[name]
+    shape = (raw["n"], *row)
     if not isinstance(entry, dict):
         raise BankError(f"{where}: the entry of {name} must be an object", got=type(entry).__name__)
     if entry.get("dtype") != dtype.str:
@@ -288,7 +338,7 @@ def _check_facts(raw: dict[str, Any], where: str, spec: BankSpec) -> None:
 
     def numbers(value: Any, length: int) -> bool:
         return isinstance(value, list) and len(value) == length and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value)  # fmt: skip
+            isinstance(v, (int, float)) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in value)  # fmt: skip
 
     lengths = {"label_histogram": spec.num_classes, "difficulty_range": 2, "step_range": 2}
     for key, length in lengths.items():
@@ -310,12 +360,14 @@ def shard_file(bank: Path, index: int) -> Path:
 
 def committed_shards(bank: Path, spec: BankSpec) -> list[int]:
     """Indices of the planned shards that have a sidecar, ascending."""
-    folder = bank / "shards"
-    if not folder.is_dir():
-        return []
-    found = (re.fullmatch(r"(\d{5,})\.json", p.name) for p in folder.iterdir())
+    return committed_in(bank / "shards", spec.shards)
+
+
+def committed_in(folder: Path, shards: int) -> list[int]:
+    """Indices below `shards` whose commit record lies in `folder`, ascending."""
+    found = (re.fullmatch(r"([0-9]{5,7})\.json", name) for name in names_in(folder))
     indices = {int(m[1]) for m in found if m and m[0] == f"{int(m[1]):05d}.json"}
-    return sorted(i for i in indices if i < spec.shards)
+    return sorted(i for i in indices if i < shards)
 
 
 def file_sha256(path: Path) -> str:

@@ -24,7 +24,8 @@ __all__ = ["LABEL_KINDS", "SCHEMA", "SHARD_BYTES", "BankSpec", "LabelKind", "dif
 SHARD_BYTES = 64 << 20
 LABEL_KINDS = ("argmax", "target", "real", "none")
 TRANSFORM_KINDS = ("zca", "affine")
-MAX_SIDE, MAX_CLASSES, MAX_IMAGES, MAX_SHARDS = 1 << 14, 1 << 20, 1 << 40, 1_000_000
+MAX_SIDE, MAX_CLASSES, MAX_IMAGES = 1 << 14, 1 << 20, 1 << 40
+MAX_SHARDS = 50_000  # so that manifest.json stays under the cap of a record (16 MiB); 3 TiB of 64 MiB shards
 
 LabelKind = Literal["argmax", "target", "real", "none"]
 
@@ -148,7 +149,7 @@ def _check_spec(spec: BankSpec) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
     def finite(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
     sides = spec.shape
     need(isinstance(sides, (tuple, list)) and len(sides) == 3 and all(is_int(v, 1, MAX_SIDE) for v in sides),
@@ -230,6 +231,9 @@ def read_record(path: Path) -> tuple[BankSpec, dict[str, Any]]:
     plan = raw.get("plan")
     if not isinstance(plan, dict):
         raise BankError(f"{where}: has no plan")
+    for key in ("versions", "hardware"):
+        if not isinstance(raw.get(key, {}), dict):
+            raise BankError(f"{where}: {key} must be an object", got=type(raw[key]).__name__)
     keys = ("shape", "num_classes", "mean", "std", "class_names", "label_kind", "recipe", "teacher", "real_data_used",
             "contains_real", "parents", "extra", "top_k", "transform")  # fmt: skip
     numbers = ("images", "images_per_shard", "seed")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.bank.storage import dump_json, publish, read_json, regular_size, storage_errors, sync_folder
+from synthkit.bank.storage import dump_json, names_in, publish, read_json, regular_size, storage_errors, sync_folder
 from synthkit.errors import BankError, UsageError
 
 
@@ -99,10 +99,8 @@ def entry_path(folder: Path, index: int) -> Path:
 
 def entries(folder: Path) -> list[int]:
     """Indices of the committed entries, ascending."""
-    if not folder.is_dir():
-        return []
-    found = (re.fullmatch(r"(\d{5,})\.json", p.name) for p in folder.iterdir())
-    return sorted(int(m[1]) for m in found if m)
+    found = (re.fullmatch(r"([0-9]{5,12})\.json", name) for name in names_in(folder))
+    return sorted(int(m[1]) for m in found if m and m[0] == f"{int(m[1]):05d}.json")
 
 
 def read_entry(folder: Path, index: int) -> GeneratorRecord:

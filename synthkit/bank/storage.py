@@ -23,6 +23,8 @@ from synthkit.errors import BankError, OutputExistsError, StorageError, UsageErr
 
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
+MAX_JSON_PARTS = 500_000
+MAX_JSON_DIGITS = 100  # a random generator's state in a checkpoint has 39
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space",
@@ -301,20 +303,63 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `data`; `where` names it in messages. Raises `BankError` on anything else."""
+    """The JSON object in `data`; `where` names it in messages.
+
+    Memory stays within some 20 times the bytes. Refused besides what is no JSON: NaN and numbers that overflow to it,
+    whole numbers of more than 100 digits, a key that stands twice (two readers could see two records), lone
+    surrogates (text that cannot be written again), more than 500,000 objects and lists, more than 64 levels.
+
+    Raises:
+        BankError: any of these, or the value is no object.
+    """
+    if data.count(b"{") + data.count(b"[") > MAX_JSON_PARTS:
+        raise BankError(f"{where}: holds too many objects and lists", hint=f"cap: {MAX_JSON_PARTS}")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_no_constant, parse_int=_int, parse_float=_float, object_pairs_hook=_unique_keys,
+        )  # fmt: skip
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BankError(f"{where}: is not readable JSON ({_short(error)})") from error
     if not isinstance(value, dict):
         raise BankError(f"{where}: must be a JSON object", got=type(value).__name__)
     if _depth(value) > MAX_JSON_DEPTH:
         raise BankError(f"{where}: is nested too deeply", hint=f"cap: {MAX_JSON_DEPTH} levels")
+    if re.search(rb"\\u[dD][89a-fA-F]", data) and _lone_surrogate(value):
+        raise BankError(f"{where}: holds text that is no Unicode (half a surrogate pair)")
     return value
 
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not allowed")
+
+
+def _int(text: str) -> int:
+    if len(text) > MAX_JSON_DIGITS:  # nothing in a bank needs more, and 10,000 digits cost time and break float()
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value - value != 0:
+        raise ValueError(f"the number {text[:20]} is not finite")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _lone_surrogate(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _short(error: BaseException) -> str:
@@ -382,8 +427,28 @@ def process_start(pid: int) -> float | None:
         return None
 
 
+def names_in(folder: Path) -> list[str]:
+    """Names in a folder of a bank, sorted; none when it does not exist.
+
+    Raises:
+        BankError: it is a link (which could lead anywhere) or no folder, or it cannot be read.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+            raise BankError(f"{folder}: not a folder", hint="a bank holds plain folders and files only, no links")
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BankError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
 def require_bank(path: Path) -> None:
     """Raise `BankNotFoundError` unless `path` holds a `bank.json`."""
-    if not (path / "bank.json").is_file():
+    try:
+        found = os.path.lexists(path / "bank.json")  # a link or device is found here and refused when it is read
+    except ValueError:  # a NUL in the path
+        found = False
+    if not found:
         what = "no such folder" if not path.exists() else "not a bank (it has no bank.json)"
         raise BankNotFoundError(f"{path}: {what}", hint="make one with: synthkit synthesize --teacher ... --out DIR")
