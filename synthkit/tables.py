@@ -6,6 +6,8 @@ Third parties add entries through the entry-point groups `synthkit.methods` and 
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -70,3 +72,10 @@ def lookup(kind: str, name: str) -> Any:
         raise ConfigError(f"{kind}: not a known {kind}", got=name, allowed=table, hint=f"synthkit list {plural}")
     module, _, attribute = table[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def citation(method: str) -> str | None:
+    """The `Source:` of a method's docstring as one line (paper and reference code); None where it names none."""
+    text = inspect.getdoc(lookup("method", method)) or ""
+    found = re.search(r"^Source:[ ]+(.+(?:\n[ ]+.+)*)", text, re.MULTILINE)
+    return " ".join(found[1].split()).rstrip(".") if found else None

@@ -22,7 +22,7 @@ LABEL_MEANINGS = {
 }
 COLUMN_MEANINGS = {
     "images": "the pictures, uint8 in 0 to 255, not normalised",
-    "images_f16": "the pixels to train on where they leave [0, 1], float16 (`Bank.transform()` says how they came about)",
+    "images_f16": "the pixels to train on where they leave [0, 1], float16 (how: `Bank.transform()`)",
     "labels": "class number, int32",
     "logits": "all logits of the teacher, float16",
     "topk_index": "classes of the teacher's largest logits",

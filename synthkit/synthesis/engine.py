@@ -31,7 +31,7 @@ from synthkit.synthesis.base import (
     unflatten_state,
 )
 from synthkit.synthesis.curriculum import Curriculum
-from synthkit.tables import lookup
+from synthkit.tables import citation, lookup
 
 if TYPE_CHECKING:
     from synthkit.models.build import LoadedModel
@@ -139,7 +139,7 @@ def bank_spec(config: SynthesizeConfig, loaded: LoadedModel, teacher: TeacherVie
         },
         real_data_used=False,
         contains_real=False,
-        extra={"versions": versions(), "hardware": hardware()},
+        extra={"versions": versions(), "hardware": hardware(), "citation": citation(config.method_name)},
     )
 
 
