@@ -338,7 +338,7 @@ def _check_facts(raw: dict[str, Any], where: str, spec: BankSpec) -> None:
 
     def numbers(value: Any, length: int) -> bool:
         return isinstance(value, list) and len(value) == length and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and -(2**63) <= v < 2**63 for v in value)  # fmt: skip
+            type(v) in (int, float) and -(2**63) <= v < 2**63 for v in value)  # fmt: skip
 
     lengths = {"label_histogram": spec.num_classes, "difficulty_range": 2, "step_range": 2}
     for key, length in lengths.items():
