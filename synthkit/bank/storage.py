@@ -36,6 +36,7 @@ _REASONS = {
     errno.ENOENT: "the folder vanished while the run was writing",
 }
 _DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", -1), errno.EFBIG, errno.EROFS, errno.EIO)
+_NO_LINKS = (errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, getattr(errno, "EOPNOTSUPP", -1))
 MANY_FILES = 200
 _mine: set[str] = set()  # temporaries that this very process is writing
 
@@ -61,13 +62,16 @@ def temp_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{host()}-{os.getpid()}")
 
 
-def publish(path: Path, data: bytes | memoryview) -> None:
+def publish(path: Path, data: bytes | memoryview, *, new: bool = False) -> tuple[int, int]:
     """Write `data` to a temporary, fsync it and rename it to `path`. The caller syncs the folder.
 
+    With `new` an existing `path` is never replaced. Returns (device, inode), which tell this file from any other.
+
     Raises:
+        FileExistsError: `new`, and there is a `path`.
         OSError: as the system said it; the temporary is gone then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temp = temp_path(path)
     _mine.add(str(temp.absolute()))
     try:
@@ -76,12 +80,27 @@ def publish(path: Path, data: bytes | memoryview) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.rename(temp, path) if os.name == "posix" else os.replace(temp, path)
+            status = os.fstat(stream.fileno())
+        if new:
+            publish_new(temp, path)
+        else:
+            os.rename(temp, path) if os.name == "posix" else os.replace(temp, path)
     except BaseException:  # also Ctrl-C: a temporary never stays behind while the process can still remove it
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
         raise
     finally:
         _mine.discard(str(temp.absolute()))
+    return status.st_dev, status.st_ino
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path` and its parents; each new name is fsynced, so that a power cut cannot take it back."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -104,7 +123,7 @@ def staged(target: str | Path, *, folder: bool = True) -> Iterator[Path]:
     if str(staging) in _mine:
         raise OutputExistsError(f"{target}: is being made by this process already", hint="choose another --out")
     with storage_errors("output", target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         clean_stale_temps(target.parent, f".{target.name}")
         if folder:
             staging.mkdir()
@@ -176,9 +195,9 @@ def publish_new(temp: Path, path: Path) -> None:
     """
     try:
         os.link(temp, path)  # unlike rename, it never replaces
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "exists already", str(path)) from None
         os.rename(temp, path)

@@ -6,21 +6,23 @@ import contextlib
 import hashlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from synthkit.bank import seal, state
+from synthkit.bank.commit import Beaten, commit
 from synthkit.bank.errors import BankMismatchError
-from synthkit.bank.lock import exclusive
+from synthkit.bank.lock import Claim, claim
 from synthkit.bank.shard import SINCE, committed_shards, conform, encode, read_sidecar, shard_file, summary
 from synthkit.bank.spec import BankSpec, differences, read_record, record_of
 from synthkit.bank.storage import (
     clean_stale_temps,
     dump_json,
     host,
+    make_folder,
     plain,
     publish,
     storage_errors,
@@ -39,6 +41,7 @@ class BankWriter:
         self.path = Path(path)
         self.spec, self.record = read_record(self.path)
         self._clock = time.monotonic()
+        self._claims: list[Claim] = []
 
     @classmethod
     def create(cls, path: str | Path, spec: BankSpec) -> BankWriter:
@@ -53,9 +56,12 @@ class BankWriter:
         _require_room(path, spec.planned_bytes)
         data = dump_json(record_of(spec))
         with storage_errors("bank", path):
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             clean_stale_temps(path)
-            publish(path / "bank.json", data)
+            try:
+                publish(path / "bank.json", data, new=True)
+            except FileExistsError:  # two runs began at the same moment
+                _require_empty(path)
             sync_folder(path)
         return cls(path)
 
@@ -82,10 +88,17 @@ class BankWriter:
 
     @classmethod
     def open_or_create(cls, path: str | Path, spec: BankSpec) -> BankWriter:
-        """`open` when there is a bank at `path` (killed before its first shard or not), else `create`."""
-        if (Path(path) / "bank.json").exists():
-            return cls.open(path, expect=spec)
-        return cls.create(path, spec)
+        """`open` when there is a bank at `path` (killed before its first shard or not), else `create`.
+
+        Any number of processes may do this at the same moment: one of them creates, all work on the same bank.
+        """
+        if not (Path(path) / "bank.json").exists():
+            try:
+                return cls.create(path, spec)
+            except OutputExistsError:
+                if not (Path(path) / "bank.json").exists():
+                    raise
+        return cls.open(path, expect=spec)
 
     @property
     def shards(self) -> int:
@@ -117,6 +130,7 @@ class BankWriter:
 
         Raises:
             BankError: the shard exists already with other content (equal content is left as it is).
+            BankBusyError: another run made it at the same time, or took this run's claim over.
             UsageError: a column is unknown, missing or malformed. NonFiniteError: a value is not finite.
             StorageError: disk full or the like; the shard does not exist then and no part of it is left.
         """
@@ -143,14 +157,11 @@ class BankWriter:
         text = dump_json(record)
         with storage_errors(f"shard {index}", shard):
             try:
-                publish(shard, data)
-                publish(sidecar, text)
-                sync_folder(shard.parent)
-            except BaseException:
-                if not sidecar.exists():  # never the shard of a sidecar that was published
-                    with contextlib.suppress(OSError):
-                        shard.unlink(missing_ok=True)
-                raise
+                commit(shard, data, text, lambda: self._check_claim(index))
+            except Beaten:
+                if not sidecar.exists() or (present := read_sidecar(sidecar, index, self.spec)).sha256 != digest:
+                    raise
+                record = present.raw  # the other run made the same bytes
         self._clock = now
         if not self.missing():
             self.finish()
@@ -160,7 +171,7 @@ class BankWriter:
         """Seal the complete bank: manifest.json and the card README.md. Called by itself after the last shard.
 
         Raises:
-            BankError: shards are missing.
+            BankError: shards are missing, or an older seal is there and does not fit.
         """
         return seal.seal(self.path)
 
@@ -186,7 +197,7 @@ class BankWriter:
         state.prune(self.path / "state", keep)
 
     def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
-        """Commit generator snapshot `index`, which `distill --fresh` draws from."""
+        """Commit generator snapshot `index`, which `distill --fresh` draws from; a bank's seal takes it in."""
         state.save_entry(self.path / "generators", index, arrays, meta)
 
     def write_transform(self, arrays: Mapping[str, Any], meta: dict[str, Any] | None = None) -> None:
@@ -196,14 +207,44 @@ class BankWriter:
             UsageError: the bank has no transform, or these are not the arrays that its spec names.
         """
         named, found = self.spec.transform, state.transform_entry("", arrays)["sha256"]
+        if not named:
+            raise UsageError("bank: the spec has no transform", hint="BankSpec(transform=state.transform_entry(...))")
         if named.get("sha256") != found:
             raise UsageError("bank: these arrays are not the transform of the spec", got=found[:16] + "...",
                              hint="make the spec with transform=state.transform_entry(kind, arrays)")  # fmt: skip
+        if state.entries(self.path / "transform"):
+            present = state.read_transform(self.path, named)
+            if present.meta != plain(meta or {}):
+                raise UsageError("bank: the transform is written already, with other facts", got=present.meta)
+            return
         state.save_entry(self.path / "transform", 0, arrays, meta or {})
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which no other run can hold this bank. Raises `BankBusyError` with the holder's pid and host."""
-        return exclusive(self.path / "state" / "lock")
+    @contextlib.contextmanager
+    def claim(self, shards: Sequence[int] | None) -> Iterator[Claim]:
+        """Context in which this run alone makes `shards` (none: holds the whole bank).
+
+        While any claim is held, `write_shard` checks it before it publishes, and refuses shards outside it.
+
+        Raises:
+            BankBusyError: a living run claims one of them; the message names its pid, host and shards.
+        """
+        with claim(self.path, shards) as held:
+            self._claims.append(held)
+            try:
+                yield held
+            finally:
+                self._claims.remove(held)
+
+    def lock(self) -> contextlib.AbstractContextManager[Claim]:
+        """Context in which no other run can hold any of this bank: a claim of the whole."""
+        return self.claim(None)
+
+    def _check_claim(self, index: int) -> None:
+        mine = [held for held in self._claims if held.covers(index)]
+        if self._claims and not mine:
+            raise UsageError(f"{self.path}: shard {index} does not belong to {self._claims[0].label}, claimed here")
+        for held in mine:
+            held.check()
 
 
 def _require_empty(path: Path) -> None:
