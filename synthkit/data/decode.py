@@ -27,7 +27,12 @@ class _ColourFound(Exception):
     """A colour image among images that looked grey so far; decoding starts again with three channels."""
 
 
-def _open(source: Source, label: str) -> Image.Image:
+def open_image(source: Source, label: str) -> Image.Image:
+    """The image behind `source`, its header read and checked, no pixel decoded; close it (`with`).
+
+    Raises:
+        DataError: unreadable, of more than 64 Mi pixels, or deeper than 8 bit.
+    """
     try:
         image = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
@@ -48,7 +53,8 @@ def _pixels(image: Image.Image, channels: int, label: str) -> Tensor:
     return torch.from_numpy(array).reshape(1, image.height, image.width, channels).permute(0, 3, 1, 2)
 
 
-def _is_grey(image: Image.Image) -> bool:
+def is_grey(image: Image.Image) -> bool:
+    """Whether an opened image has no colour by its mode."""
     return image.mode in {"L", "1", "LA"}
 
 
@@ -69,8 +75,8 @@ def decode_images(
     """
     if not sources:
         raise DataError(f"{what}: no images")
-    with _open(sources[0], label(0)) as first:
-        stored = (1 if _is_grey(first) else 3, first.height, first.width)
+    with open_image(sources[0], label(0)) as first:
+        stored = (1 if is_grey(first) else 3, first.height, first.width)
     if size is not None:
         return _decode(sources, label, size, True, what), stored
     try:
@@ -88,17 +94,17 @@ def _decode(
 
     def fill(span: range) -> None:
         for i in span:
-            with _open(sources[i], label(i)) as image:
+            with open_image(sources[i], label(i)) as image:
                 if not resize and (image.height, image.width) != shape[1:]:
                     raise DataError(
                         f"{what}: images differ in size: {label(0)} is {shape[2]}x{shape[1]}, "
                         f"{label(i)} is {image.width}x{image.height}",
                         hint="give size=(C,H,W), for example the model's input size",
                     )
-                if not resize and shape[0] == 1 and not _is_grey(image):
+                if not resize and shape[0] == 1 and not is_grey(image):
                     raise _ColourFound
                 # an RGB image that shall become grey goes through our luma, as arrays do
-                channels = 3 if resize and not _is_grey(image) else shape[0]
+                channels = 3 if resize and not is_grey(image) else shape[0]
                 pixels = _pixels(image, channels, label(i))
             out[i] = (resize_images(pixels, shape) if resize else pixels)[0]
 

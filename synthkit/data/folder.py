@@ -16,7 +16,8 @@ from synthkit.errors import DataError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
-def _visible_dirs(folder: Path) -> list[Path]:
+def visible_dirs(folder: Path) -> list[Path]:
+    """The folders in `folder` that are not hidden, sorted by name."""
     return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -27,10 +28,10 @@ def _images_below(folder: Path) -> list[Path]:
 def split_folders(root: Path) -> dict[str, Path]:
     """The folders train, test, val directly below `root`, by what they are; empty when there are none."""
     found: dict[str, Path] = {}
-    for folder in _visible_dirs(root):
+    for folder in visible_dirs(root):
         kind = split_of_folder(folder.name)
         # a class may be called "train" (CIFAR-100 has one): a split folder holds folders
-        if kind and _visible_dirs(folder):
+        if kind and visible_dirs(folder):
             found.setdefault(kind, folder)
     return found
 
@@ -38,7 +39,7 @@ def split_folders(root: Path) -> dict[str, Path]:
 def is_image_folder(root: Path) -> bool:
     """True when `root`, or a split folder in it, has at least one class folder with an image."""
     places = list(split_folders(root).values()) or [root]
-    return any(_images_below(folder) for place in places for folder in _visible_dirs(place))
+    return any(_images_below(folder) for place in places for folder in visible_dirs(place))
 
 
 def load_folder(
@@ -61,8 +62,8 @@ def load_folder(
         refuse_other_split(name, root, taken, split)
         if split != "all" and taken == "all":
             notes.append(f"{root} is not divided into train and test; all of it is used as {split!r}")
-    folders = [folder for part in chosen for folder in _visible_dirs(part)]
-    everywhere = {folder.name for part in (parts.values() or [root]) for folder in _visible_dirs(part)}
+    folders = [folder for part in chosen for folder in visible_dirs(part)]
+    everywhere = {folder.name for part in (parts.values() or [root]) for folder in visible_dirs(part)}
     names = sorted(everywhere)
     index = {n: i for i, n in enumerate(names)}
     class_names = names

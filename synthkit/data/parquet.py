@@ -20,7 +20,8 @@ _LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target", "cls")
 _PATTERNS = ("*.parquet", "data/*.parquet", "*/*.parquet", "*/*/*.parquet")
 
 
-def _pyarrow() -> Any:
+def pyarrow_parquet() -> Any:
+    """The module pyarrow.parquet. Raises `RequirementError` where pyarrow is missing."""
     try:
         import pyarrow.parquet
     except ImportError as error:
@@ -51,7 +52,7 @@ def load_parquet(
         RequirementError: pyarrow is missing.
     """
     files, taken, notes = _select(pattern, split, name)
-    reader = _pyarrow()
+    reader = pyarrow_parquet()
     require_bytes(f"{name}: the compressed images", sum(path.stat().st_size for path in files))
     sources: list[bytes] = []
     raw: list[Any] = []
@@ -63,7 +64,7 @@ def load_parquet(
         names = names or found
     if not sources:
         raise DataError(f"{name}: no rows in {', '.join(str(path) for path in files)}")
-    labels, names = _labels(raw, names or _beside(files[0]), name)
+    labels, names = _labels(raw, names or names_beside(files[0]), name)
     images, stored = decode_images(sources, lambda i: f"{name} row {i}", size, name)
     root = str(files[0].parent if len(files) > 1 else files[0])
     return RealData(
@@ -113,7 +114,7 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
     try:
         with reader.ParquetFile(path) as file:
             schema = file.schema_arrow
-            image, label = _columns(schema, path)
+            image, label = image_and_label_columns(schema, path)
             groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
             require_bytes(f"{path}: the unpacked rows", sum(groups))
             table = file.read(columns=[image, label])
@@ -128,11 +129,11 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
     if any(content is None for content in images):
         row = images.index(None)
         raise DataError(f"{path}: row {row} holds no image bytes (only a path?)", hint="store the bytes in the file")
-    return images, table.column(label).to_pylist(), _schema_names(schema.metadata, label)
+    return images, table.column(label).to_pylist(), schema_names(schema.metadata, label)
 
 
-def _columns(schema: Any, path: Path) -> tuple[str, str]:
-    """(image column, label column)."""
+def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str]:
+    """(image column, label column) of an arrow schema. Raises `DataError` where one is missing."""
     import pyarrow.types as types
 
     def binary(kind: Any) -> bool:
@@ -156,7 +157,8 @@ def _columns(schema: Any, path: Path) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def _schema_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
+def schema_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
+    """Class names in the metadata of an arrow schema, as Hugging Face writes them; None where there are none."""
     metadata = metadata or {}
     if b"huggingface" in metadata:
         try:
@@ -171,7 +173,7 @@ def _schema_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] 
     return None
 
 
-def _beside(path: Path) -> list[str] | None:
+def names_beside(path: Path) -> list[str] | None:
     """Class names from classes.txt: one line per class, the last tab-separated part is the name."""
     listing = path.parent / "classes.txt"
     if not listing.is_file() or listing.stat().st_size > 1 << 20:
