@@ -61,8 +61,11 @@ def _targets(context: Context, report: VerifyReport) -> tuple[list[Path], dict[s
     """(what to move: the manifest before what it vouches for, every record before its data; damage that stays)."""
     found = {part.name: part for part in parts(context)}
     damaged = [found[name] for name in report.problems if name in found]
-    left = {name: what for name, what in report.problems.items() if not (name in found and found[name].files)}
-    targets = [context.path / "manifest.json"] if any(part.sealed for part in damaged) else []
+    gone = {name for name in report.problems if name.startswith("generators ") and name not in found}
+    left = {name: what for name, what in report.problems.items()
+            if name not in gone and not (name in found and found[name].files)}  # fmt: skip
+    # a snapshot that is gone cannot be made again alone: the seal that tells of it goes aside, the bank stays usable
+    targets = [context.path / "manifest.json"] if gone or any(part.sealed for part in damaged) else []
     for part in damaged:
         targets += [file for file in part.files if file not in targets]
     return targets, left

@@ -199,6 +199,7 @@ class BankWriter:
     def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
         """Commit generator snapshot `index`, which `distill --fresh` draws from; a bank's seal takes it in."""
         state.save_entry(self.path / "generators", index, arrays, meta)
+        seal.admit_generator(self.path, index)
 
     def write_transform(self, arrays: Mapping[str, Any], meta: dict[str, Any] | None = None) -> None:
         """Commit the transform that `spec.transform` names by sha256, before the first shard.

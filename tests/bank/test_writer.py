@@ -189,7 +189,7 @@ def test_plan():
 
 def test_create_refuses_a_bank_that_does_not_fit(tmp_path):
     with pytest.raises(StorageError, match="free there"):
-        BankWriter.create(tmp_path / "b", make_spec(images=10**12, images_per_shard=10**7))
+        BankWriter.create(tmp_path / "b", make_spec(images=10**12, images_per_shard=10**8))
     assert not (tmp_path / "b").exists()
 
 

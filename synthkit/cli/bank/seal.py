@@ -20,7 +20,7 @@ def run(args: Namespace) -> int:
     from synthkit.bank.verify import verify
 
     verify(args.bank).raise_if_damaged()
-    manifest = seal(Path(args.bank))
+    manifest = seal(Path(args.bank), renew=True)
     if args.json:
         print_json(manifest)
     else:
