@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.bank import state
+from synthkit.bank import order, state
+from synthkit.bank.columns import Rows, ShardColumns
 from synthkit.bank.errors import BankIndexError
-from synthkit.bank.gather import RowGather
 from synthkit.bank.shard import COLUMNS, Sidecar, committed_shards, read_sidecar, shard_file
 from synthkit.bank.spec import BankSpec, read_record
-from synthkit.bank.storage import regular_size
 from synthkit.errors import BankError, UsageError
 
 if TYPE_CHECKING:
     from synthkit.bank.verify import VerifyReport
 
-RESIDENT_COLUMN_BYTES = 64 << 20  # columns up to this size are read once and kept
+ON_REQUEST = ("origin_seed", "images_f16")  # columns that are read only when they are named
 
 
 @dataclass(kw_only=True)
@@ -60,12 +56,18 @@ class Bank:
 
     An unfinished bank can be read: it holds the shards that are committed now.
 
+    Args:
+        mapped: whether to read through memory maps; False reads by `pread`: slower, and right for network folders and
+            untrusted files, where a shard that is cut while it is read must be a `BankError` and not a SIGBUS.
+        mapped_bytes: the maps cover at most this much, the other shards are read by `pread`; none takes half of the
+            memory that this process may use. It bounds the resident memory of random reads over any bank.
+
     Raises:
         BankNotFoundError: `path` holds no bank.
         BankError: bank.json or a sidecar is damaged, or written by a newer synthkit.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, mapped: bool = True, mapped_bytes: int | None = None):
         self.path = Path(path)
         self.spec: BankSpec
         self.spec, self.record = read_record(self.path)
@@ -77,21 +79,11 @@ class Bank:
         except BankError as error:
             hint = f"synthkit bank verify {self.path} lists the damage, bank repair sets it aside"
             raise BankError(str(error), hint=hint) from error
-        self._starts = np.cumsum([0] + [s.n for s in self.sidecars])
-        self._clear()
-
-    def _clear(self) -> None:
-        self._maps: list[mmap.mmap] | None = None
-        self._gathers: dict[str, RowGather] = {}
-        self._pid = os.getpid()
-
-    def __getstate__(self) -> dict[str, Any]:  # maps do not travel to another process; it opens its own
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_maps", "_gathers", "_pid")}
-        return kept
-
-    def __setstate__(self, kept: dict[str, Any]) -> None:
-        self.__dict__.update(kept)
-        self._clear()
+        self._length = sum(s.n for s in self.sidecars)
+        self._columns = [c for c in COLUMNS if self.sidecars and all(c in s.datasets for s in self.sidecars)]
+        self._default = [c for c in self._columns if c not in ON_REQUEST]
+        files = [(shard_file(self.path, s.index), s) for s in self.sidecars]
+        self._stored = ShardColumns(files, mapped=mapped, mapped_bytes=mapped_bytes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -126,10 +118,10 @@ class Bank:
     @property
     def columns(self) -> list[str]:
         """Columns that every committed shard has."""
-        return [c for c in COLUMNS if self.sidecars and all(c in s.datasets for s in self.sidecars)]
+        return list(self._columns)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._length
 
     def __repr__(self) -> str:
         size = "x".join(str(v) for v in self.shape)
@@ -143,28 +135,38 @@ class Bank:
 
     def has(self, column: str) -> bool:
         """Whether every committed shard has `column`."""
-        return column in self.columns
+        return column in self._columns
 
     def column(self, name: str) -> np.ndarray:
         """The whole column as one array (a copy). Raises `UsageError` when the bank does not have it."""
-        parts = self._arrays(name)
-        return np.concatenate(parts) if parts else np.empty((0,))
+        return self._rows(name).rows(np.arange(len(self)))
 
-    def batch(self, indices: Iterable[int] | np.ndarray, columns: Sequence[str] | None = None) -> BankBatch:
+    def batch(
+        self,
+        indices: Iterable[int] | np.ndarray,
+        columns: Sequence[str] | None = None,
+        *,
+        out: Mapping[str, np.ndarray] | None = None,
+    ) -> BankBatch:
         """The rows `indices` (any order, repeats allowed), as fresh arrays.
 
         Args:
             indices: integers from 0 to len - 1. Negative ones are refused: here they are a mistake.
             columns: what to read; none reads all that the bank has but origin_seed and images_f16.
+            out: arrays to read into, by column: of the column's dtype, C-contiguous, with at least as many rows as
+                `indices`; the batch then holds their first rows. For buffers that are used again, e.g. pinned ones
+                (`tensor.numpy()`). Columns without one get fresh arrays.
 
         Raises:
             BankIndexError: an index is out of range or no integer.
             BankError: a shard is missing or has not its recorded size.
+            UsageError: an array of `out` does not fit.
         """
         rows = self._checked(indices)
-        if columns is None:
-            columns = [c for c in self.columns if c not in ("origin_seed", "images_f16")]
-        return BankBatch(**{name: self._gather(name).rows(rows) for name in columns})
+        names = self._default if columns is None else columns
+        if out is None:
+            return BankBatch(**{name: self._rows(name).rows(rows) for name in names})
+        return BankBatch(**{name: self._rows_into(name, rows, out.get(name)) for name in names})
 
     def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> BankBatch:
         """`bank[i]` (one row, negative counts from the end), `bank[i:j]`, `bank[[3, 1, 2]]`."""
@@ -181,17 +183,73 @@ class Bank:
         """Yield `BankBatch`es of `size` rows over the whole bank, in stored order or (with a seed) in random order."""
         if size < 1:
             raise UsageError("batches: size must be at least 1", got=size)
-        order = np.arange(len(self)) if seed is None else self.order(epoch, seed)
+        rows = np.arange(len(self)) if seed is None else self.order(epoch, seed)
         for start in range(0, len(self), size):
-            yield self.batch(order[start : start + size])
+            yield self.batch(rows[start : start + size])
+
+    def stream(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        columns: Sequence[str] | None = None,
+        shuffle: order.Shuffle | None = "random",
+        prefetch: int = 2,
+        block: int | None = None,
+        window: int = order.WINDOW_BLOCKS,
+    ) -> Iterator[BankBatch]:
+        """Yield this rank's batches of one epoch, read ahead by a thread; for banks larger than memory and others.
+
+        The global batch of a step is a pure function of (seed, epoch, step); the ranks share it, every `world`-th row
+        each. The last batch of an epoch may be smaller.
+
+        Args:
+            batch_size: rows of the global batch; a multiple of `world`.
+            start: step to begin with, so that an epoch is resumed at any step.
+            columns: as `batch`.
+            shuffle: "random" (uniform), "blocks" (random order of blocks of neighbouring rows, shuffled inside windows
+                of blocks; order.py says how good that is), or None for the stored order.
+            prefetch: batches that are read ahead; 0 reads when asked.
+            block, window: rows of a block (none: about 256 KiB of images) and blocks of a window.
+
+        Raises:
+            UsageError: at once, for arguments that do not fit each other. BankError: as `batch`, from the iterator.
+        """
+        from synthkit.bank.stream import stream
+
+        return stream(
+            self, batch_size, seed=seed, epoch=epoch, rank=rank, world=world, start=start, columns=columns,
+            shuffle=shuffle, prefetch=prefetch, block=block, window=window,
+        )  # fmt: skip
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """The random order of one epoch: a permutation (int64) that depends on (len, seed, epoch) alone.
+        """The random order of one epoch: a permutation (int64) that depends on (len, seed, epoch) alone."""
+        return order.random_order(len(self), seed, epoch)
 
-        Built from raw generator bits and a stable sort, so that no numpy release can change it.
-        """
-        bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(len(self))
-        return np.argsort(bits, kind="stable")
+    def block_order(self, epoch: int, seed: int) -> np.ndarray:
+        """The order of one epoch of `stream(shuffle="blocks")`: a permutation (int64), see order.py."""
+        return order.block_order(len(self), seed, epoch, block=self.block_rows)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block of the block-shuffled order: about 256 KiB of images."""
+        return order.block_rows(self.spec.image_bytes)
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether all shards are within the limit of the memory maps; if not, block order spares the disk."""
+        return self._stored.all_mapped
+
+    def will_need(self, indices: np.ndarray, columns: Sequence[str] | None = None) -> None:
+        """Ask the system to begin loading the rows `indices` from the disk, for a `batch` that comes soon."""
+        rows = self._checked(indices)
+        for name in self._default if columns is None else columns:
+            self._rows(name)  # checks the name
+            self._stored.will_need(name, rows)
 
     def generators(self) -> list[state.GeneratorRecord]:
         """The generator snapshots that the bank carries, in order. Raises `BankError` when one is damaged."""
@@ -235,41 +293,22 @@ class Bank:
             raise BankIndexError(f"batch: the bank has images 0 to {len(self) - 1}", got=int(bad))
         return rows
 
-    def _gather(self, name: str) -> RowGather:
-        if self._pid != os.getpid():
-            self._clear()
-        if name not in self._gathers:
-            parts = self._arrays(name)
-            if name != "images" and sum(p.nbytes for p in parts) <= RESIDENT_COLUMN_BYTES and parts:
-                parts = [np.concatenate(parts)]
-            self._gathers[name] = RowGather(parts)
-        return self._gathers[name]
-
-    def _arrays(self, name: str) -> list[np.ndarray]:
-        """`name` of every shard as arrays over the memory maps, read-only."""
+    def _rows(self, name: str) -> Rows:
         if not self.sidecars:
             raise BankError(f"{self.path}: no shard is committed yet", hint="go on with: synthkit synthesize --resume")
-        if name not in self.columns:
+        if name not in self._columns:
             raise UsageError(f"{self.path}: the bank has no such column", got=name, allowed=self.columns)
-        if self._maps is None or self._pid != os.getpid():
-            self._clear()
-            self._maps = [_map(shard_file(self.path, s.index), s) for s in self.sidecars]
-        arrays = []
-        for mapped, sidecar in zip(self._maps, self.sidecars, strict=True):
-            place = sidecar.datasets[name]
-            flat = np.frombuffer(mapped, dtype=place.dtype, count=math.prod(place.shape), offset=place.offset)
-            arrays.append(flat.reshape(place.shape))
-        return arrays
+        return self._stored.column(name)
 
-
-def _map(path: Path, sidecar: Sidecar) -> mmap.mmap:
-    """A read-only map of a shard file of exactly the recorded size (the offsets were checked against that size)."""
-    size = regular_size(path)
-    if size != sidecar.bytes:
-        raise BankError(f"{path}: has {size} bytes, its record says {sidecar.bytes}",
-                        hint=f"run: synthkit bank repair {path.parent.parent}, then synthesize --resume")  # fmt: skip
-    try:
-        with open(path, "rb") as stream:
-            return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise BankError(f"{path}: cannot be read: {error}") from error
+    def _rows_into(self, name: str, rows: np.ndarray, target: np.ndarray | None) -> np.ndarray:
+        source = self._rows(name)
+        if target is None:
+            return source.rows(rows)
+        fits = (isinstance(target, np.ndarray) and target.dtype == source.dtype and target.flags.c_contiguous
+                and target.flags.writeable and target.shape[1:] == source.row_shape and len(target) >= len(rows)
+                )  # fmt: skip
+        if not fits:
+            got = f"{target.dtype} {target.shape}" if isinstance(target, np.ndarray) else type(target).__name__
+            raise UsageError(f"batch: out[{name!r}] must be a writable contiguous {source.dtype} array of at least "
+                             f"{len(rows)} rows {source.row_shape}", got=got)  # fmt: skip
+        return source.rows(rows, target[: len(rows)])
