@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -118,7 +118,14 @@ def conform_columns(
     }
 
 
-def value_problem(columns: Mapping[str, np.ndarray], spec: BankSpec) -> str | None:
+class HasClasses(Protocol):
+    """A spec of images or of labels."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+
+def value_problem(columns: Mapping[str, np.ndarray], spec: HasClasses) -> str | None:
     """What is wrong with the values of stored columns; None: nothing.
 
     Labels and top-k indices lie within the classes, no class stands twice in a row of topk_index, all floats are
