@@ -51,7 +51,7 @@ def load_parquet(
         DataError: nothing found, no image or label column, an unlabelled split, an unreadable image.
         RequirementError: pyarrow is missing.
     """
-    files, taken, notes = _select(pattern, split, name)
+    files, taken, notes = select_files(pattern, split, name)
     reader = pyarrow_parquet()
     require_bytes(f"{name}: the compressed images", sum(path.stat().st_size for path in files))
     sources: list[bytes] = []
@@ -79,7 +79,8 @@ def load_parquet(
     )
 
 
-def _select(pattern: str, split: Split, name: str) -> tuple[list[Path], str, tuple[str, ...]]:
+def select_files(pattern: str, split: Split, name: str) -> tuple[list[Path], str, tuple[str, ...]]:
+    """(files, what part they are, notes) of a file, a folder or a glob. Raises `DataError` when nothing fits."""
     path = Path(pattern).expanduser()
     if path.is_file():
         taken = next(iter(by_split([path]))) or "all"
@@ -132,8 +133,8 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
     return images, table.column(label).to_pylist(), schema_names(schema.metadata, label)
 
 
-def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str]:
-    """(image column, label column) of an arrow schema. Raises `DataError` where one is missing."""
+def image_columns(schema: Any) -> list[str]:
+    """Columns of an arrow schema that hold the bytes of image files, the likeliest first."""
     import pyarrow.types as types
 
     def binary(kind: Any) -> bool:
@@ -147,8 +148,20 @@ def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str]:
                 images.append(field.name)
         elif binary(field.type):
             images.append(field.name)
-    images.sort(key=lambda n: _IMAGE_COLUMNS.index(n.lower()) if n.lower() in _IMAGE_COLUMNS else len(_IMAGE_COLUMNS))
-    labels = [name for name in _LABEL_COLUMNS if name in schema.names]
+    return sorted(
+        images,
+        key=lambda n: _IMAGE_COLUMNS.index(n.lower()) if n.lower() in _IMAGE_COLUMNS else len(_IMAGE_COLUMNS),
+    )
+
+
+def label_columns(schema: Any) -> list[str]:
+    """Columns of an arrow schema that by their name hold labels, the likeliest first."""
+    return [name for name in _LABEL_COLUMNS if name in schema.names]
+
+
+def image_and_label_columns(schema: Any, path: Path) -> tuple[str, str]:
+    """(image column, label column) of an arrow schema. Raises `DataError` where one is missing."""
+    images, labels = image_columns(schema), label_columns(schema)
     shown = ", ".join(f"{field.name}: {field.type}" for field in schema)
     if not images:
         raise DataError(f"{path}: no image column ({shown})", hint="expected a struct with `bytes`, or binary")
