@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 from synthkit.bank.errors import BankBusyError, BankIndexError, BankMismatchError, BankNotFoundError
+from synthkit.bank.label_writer import LabelWriter
+from synthkit.bank.labels import LabelSet, LabelSpec
 from synthkit.bank.reader import Bank, BankBatch
 from synthkit.bank.spec import BankSpec
 from synthkit.bank.state import GeneratorRecord
@@ -14,5 +16,5 @@ from synthkit.bank.writer import BankWriter
 
 __all__ = [
     "Bank", "BankBatch", "BankBusyError", "BankIndexError", "BankMismatchError", "BankNotFoundError", "BankSpec",
-    "BankWriter", "GeneratorRecord",
+    "BankWriter", "GeneratorRecord", "LabelSet", "LabelSpec", "LabelWriter",
 ]  # fmt: skip

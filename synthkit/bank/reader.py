@@ -12,6 +12,7 @@ import numpy as np
 from synthkit.bank import order, state
 from synthkit.bank.columns import Rows, ShardColumns
 from synthkit.bank.errors import BankIndexError
+from synthkit.bank.labels import LabelSet, label_sets
 from synthkit.bank.shard import COLUMNS, Sidecar, committed_shards, read_sidecar, shard_file
 from synthkit.bank.spec import BankSpec, read_record
 from synthkit.errors import BankError, UsageError
@@ -266,6 +267,14 @@ class Bank:
             return None
         record = state.read_transform(self.path, self.spec.transform)
         return record.load(), record.meta
+
+    def label_sets(self) -> list[str]:
+        """Names of the label sets that lie beside the images (`synthkit relabel`), finished or not."""
+        return label_sets(self.path)
+
+    def labels(self, name: str) -> LabelSet:
+        """Label set `name`. Raises `UsageError` when there is none, `BankError` when it is damaged or another bank's."""
+        return LabelSet(self, name)
 
     def info(self) -> dict[str, Any]:
         """What `bank info` prints, as plain data; reads no shard."""

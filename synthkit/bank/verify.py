@@ -25,7 +25,7 @@ from synthkit.bank.structure import check_structure, check_values
 from synthkit.errors import BankError
 
 # Further kinds of parts, "module:function": function(context) yields `Part`s. Adding one is one line here.
-PART_MAKERS: tuple[str, ...] = ()
+PART_MAKERS: tuple[str, ...] = ("synthkit.bank.label_check:label_parts",)
 
 # What a bank's folder may hold; anything else is noted.
 KNOWN_NAMES = {
