@@ -39,6 +39,7 @@ def check_datasets(file: Path, datasets: Mapping[str, Placement]) -> None:
         BankError: anything else.
     """
     import h5py
+    from h5py import h5o
 
     try:
         with h5py.File(file, "r", locking=False) as opened:
@@ -53,7 +54,7 @@ def check_datasets(file: Path, datasets: Mapping[str, Placement]) -> None:
                 wrong = _layout_problem(node, place)
                 if wrong:
                     raise BankError(f"{file}: {name} {wrong}")
-                address = h5py.h5o.get_info(node.id).addr
+                address = h5o.get_info(node.id).addr
                 if address in seen:
                     raise BankError(f"{file}: {name} and {seen[address]} are two links to one dataset")
                 seen[address] = name

@@ -13,6 +13,9 @@ def configure(parser: Arguments) -> None:
     """Add the options."""
     parser.add_argument("bank", metavar="BANK", help="bank directory")
     parser.add_argument("--deep", action="store_true", help="look at the values too, not only at the bytes")
+    parser.add_argument(
+        "--untrusted", action="store_true", help="parse in a child process with limits: for a bank from a stranger"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -20,15 +23,17 @@ def run(args: Namespace) -> int:
     """Print what is damaged; raises `BankError` when anything is."""
     from synthkit.bank.verify import verify
 
-    report = verify(args.bank, deep=args.deep)
+    report = verify(args.bank, deep=args.deep, untrusted=args.untrusted)
     if args.json:
         print_json(report.to_dict())
     else:
         for part, problems in report.problems.items():
             for problem in problems:
-                print(f"DAMAGED {part}: {clean(problem, 400)}")
+                print(f"DAMAGED {clean(part)}: {clean(problem, 400)}")
         for note in report.notes:
-            print(f"note: {note}")
+            print(f"note: {clean(note, 400)}")
+        if report.guards:
+            print(f"parsed in a child process with: {'; '.join(report.guards)}")
         if report.ok:
             depth = "bytes and values" if report.deep else "bytes"
             print(f"ok: {len(report.committed)} of {report.planned} shards, {report.bytes_read / 1e6:,.1f} MB, {depth}")
