@@ -51,7 +51,7 @@ class Runtime:
         from accelerate import Accelerator
 
         config = config or RuntimeConfig()
-        device = _resolve_device(config.device)
+        device = resolve_device(config.device)
         if config.threads is not None:
             if config.threads < 1:
                 raise ConfigError("runtime.threads must be at least 1", got=config.threads)
@@ -123,7 +123,8 @@ def _forget_other_state(cpu: bool, precision: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=other_device)
 
 
-def _resolve_device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """The torch device that `name` means: auto takes a GPU where there is one. Raises `ConfigError`."""
     import torch
 
     if name == "auto":
