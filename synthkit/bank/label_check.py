@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def label_parts(context: Context) -> Iterator[Part]:
 def _set_parts(context: Context, folder: Path, name: str) -> Iterator[Part]:
     record, manifest = folder / "labels.json", folder / "manifest.json"
     try:
+        names_in(folder)  # refuses a link, before anything behind it is read
         spec, _ = read_label_record(folder)
         _check_owner(spec, context, record)
-        names_in(folder)
     except BankError as error:
         failure = error
 
@@ -53,14 +54,21 @@ def _set_parts(context: Context, folder: Path, name: str) -> Iterator[Part]:
         # without its record a set does not exist: the shards stay where they are, unread
         yield Part(f"labels {name}", fail, (record,))
         return
-    yield Part(f"labels {name}", lambda found: _check_seal(folder, spec, found), (manifest,))
+    yield Part(f"labels {name}", lambda found: _check_seal(folder, spec), (manifest,))
     committed = committed_labels(folder, spec)
+
+    @functools.cache
+    def rows() -> dict[int, dict[str, Any]] | None:  # of the manifest; None where there is none, or a damaged one
+        try:
+            return _sealed_rows(folder, spec)
+        except BankError:
+            return None
+
     sealed = os.path.lexists(manifest)
     for index in range(spec.shards) if sealed else committed:
         file = label_file(folder, index)
-        check = (
-            _gone if index not in committed else (lambda found, i=index: _check_shard(context, folder, i, spec, found))
-        )
+        there = index in committed
+        check = (lambda found, i=index: _check_shard(folder, i, spec, rows(), context.deep, found)) if there else _gone
         # the set's manifest vouches for the shard: it goes first
         yield Part(f"labels {name} shard {index}", check, (manifest, file.with_suffix(".json"), file))
     if len(committed) < spec.shards and not sealed:
@@ -79,11 +87,19 @@ def _check_owner(spec: LabelSpec, context: Context, where: Path) -> None:
         raise BankError(f"{where}: does not fit the bank", got=f"{spec.images} images, {spec.num_classes} classes")
 
 
-def _check_seal(folder: Path, spec: LabelSpec, found: Findings) -> None:
-    """The manifest's own hash, the hash of labels.json, and one row per shard. Raises `BankError`."""
+def _check_seal(folder: Path, spec: LabelSpec) -> None:
+    _sealed_rows(folder, spec)
+
+
+def _sealed_rows(folder: Path, spec: LabelSpec) -> dict[int, dict[str, Any]] | None:
+    """The rows of the set's manifest by shard; None where there is no manifest.
+
+    Raises:
+        BankError: its own hash, the hash of labels.json or the list of shards is wrong.
+    """
     where = folder / "manifest.json"
     if not os.path.lexists(where):
-        return
+        return None
     raw = read_json(where)
     if raw.get("seal") != signed(raw)["seal"]:
         raise BankError(f"{where}: was altered after it was written", hint="its own hash does not fit")
@@ -91,18 +107,17 @@ def _check_seal(folder: Path, spec: LabelSpec, found: Findings) -> None:
         raise BankError(f"{where}: seals labels of another bank", got=raw.get("bank"))
     if raw.get("labels_sha256") != hashlib.sha256((folder / "labels.json").read_bytes()).hexdigest():
         raise BankError(f"{where}: labels.json is not the one that was sealed")
-    if sorted(_rows(raw, where)) != list(range(spec.shards)):
-        raise BankError(f"{where}: does not list the {spec.shards} planned shards")
-
-
-def _rows(raw: Mapping[str, Any], where: Path) -> dict[int, dict[str, Any]]:
     rows = raw.get("shards")
     if not isinstance(rows, list) or not all(isinstance(r, dict) and type(r.get("shard")) is int for r in rows):
         raise BankError(f"{where}: must hold a row per shard")
+    if sorted(row["shard"] for row in rows) != list(range(spec.shards)):
+        raise BankError(f"{where}: does not list the {spec.shards} planned shards")
     return {row["shard"]: row for row in rows}
 
 
-def _check_shard(context: Context, folder: Path, index: int, spec: LabelSpec, found: Findings) -> None:
+def _check_shard(
+    folder: Path, index: int, spec: LabelSpec, rows: dict[int, dict[str, Any]] | None, deep: bool, found: Findings
+) -> None:
     file = label_file(folder, index)
     sidecar = read_label_sidecar(file.with_suffix(".json"), index, spec)
     size = regular_size(file)
@@ -112,13 +127,12 @@ def _check_shard(context: Context, folder: Path, index: int, spec: LabelSpec, fo
     found.bytes_read += size
     if digest != sidecar.sha256:
         raise BankError(f"{file}: its sha256 is not the recorded one", got=digest[:16] + "...")
-    manifest = folder / "manifest.json"
-    if os.path.lexists(manifest):
-        row = _rows(read_json(manifest), manifest).get(index, {})
+    if rows is not None:
+        row = rows[index]
         if (row.get("sha256"), row.get("n"), row.get("bytes")) != (digest, sidecar.n, size):
-            raise BankError(f"{file}: is not the shard that was sealed in {manifest.name}")
+            raise BankError(f"{file}: is not the shard that was sealed in the manifest of its label set")
     check_structure(file, sidecar)  # only now: an altered file never reaches the HDF5 parser
-    if context.deep:
+    if deep:
         _check_values(file, sidecar, spec)
 
 

@@ -273,7 +273,11 @@ class Bank:
         return label_sets(self.path)
 
     def labels(self, name: str) -> LabelSet:
-        """Label set `name`. Raises `UsageError` when there is none, `BankError` when it is damaged or another bank's."""
+        """Label set `name`.
+
+        Raises:
+            UsageError: there is none of that name. BankError: it is damaged, or another bank's.
+        """
         return LabelSet(self, name)
 
     def info(self) -> dict[str, Any]:
