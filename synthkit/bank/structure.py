@@ -39,7 +39,7 @@ def check_datasets(file: Path, datasets: Mapping[str, Placement]) -> None:
         BankError: anything else.
     """
     import h5py
-    from h5py import h5o
+    from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]  # a C extension without stubs
 
     try:
         with h5py.File(file, "r", locking=False) as opened:
