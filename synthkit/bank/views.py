@@ -132,6 +132,7 @@ class ViewDraw:
         if policy.mix == "cutmix":
             boxes = cutmix_boxes(columns["mix_lambda"], uniform[:, 24:26], self.size)
             empty = (boxes[:, 0] == boxes[:, 2]) | (boxes[:, 1] == boxes[:, 3])
+            empty |= columns["partner"] == own
             # Zeros mean mixup: a box without area is written as what it is, a view that is not mixed.
             columns["partner"] = np.where(empty, own, columns["partner"])
             columns["mix_box"] = np.where(empty[:, None], 0, boxes).astype(np.uint16)
