@@ -1,4 +1,4 @@
-"""Shards that are valid HDF5 and mean harm. Their records vouch for every byte: only the structure can give them away."""
+"""Shards that are valid HDF5 and mean harm. Their records vouch for every byte: only the structure gives them away."""
 
 from __future__ import annotations
 
@@ -171,6 +171,10 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
 }  # fmt: skip
 
 
+BOXED = {"external storage", "virtual dataset", "external link", "huge shape", "compound", "vlen", "loop of groups"}
+assert set(ATTACKS) >= BOXED  # a child process costs 0.2 s: some of each kind
+
+
 def place_of(file: Path, name: str) -> int | None:
     with h5py.File(file, "r") as opened:
         if opened.get(name, getlink=True).__class__ is not h5py.HardLink or not isinstance(opened[name], h5py.Dataset):
@@ -208,7 +212,7 @@ def test_structure(tmp_path, name):
     bank = build(tmp_path, attack)
     secret = tmp_path / "secret"
     with unread(secret):
-        assert_damaged(bank, "shard 0", message)
+        assert_damaged(bank, "shard 0", message, sandbox=name in BOXED)
         read_all(bank)  # reading goes by the record: inside of the file, whatever the HDF5 structure says
     assert secret.read_bytes() == SECRET * 100
 
