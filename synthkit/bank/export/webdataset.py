@@ -1,0 +1,143 @@
+"""Tar shards as WebDataset reads them: per image `.png` (or `.npy`), `.cls`, `.json` and `.logits.npy`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from synthkit.bank.export.base import Format, need_range, worked
+from synthkit.bank.export.names import printable
+from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces
+from synthkit.errors import UsageError
+
+_BLOCK = 512
+_ARRAYS = ("logits", "topk_index", "topk_logit")
+_NUMBERS = ("difficulty", "tail_logsumexp", "origin_step", "origin_seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebDatasetOptions:
+    """How the shards are written."""
+
+    name: str = "bank"
+    """First part of the file names: NAME-000000.tar."""
+    shard_bytes: int = 256 << 20
+    """A tar is closed when it reaches this size."""
+    shard_images: int = 100_000
+    """A tar is closed when it holds this many images."""
+    raw: bool = False
+    """Pixels as `.npy` (uint8, channels first) instead of `.png`: larger, faster to read, any number of channels."""
+    compress_level: int = LEVEL
+    """zlib level of the PNGs, 0 to 9; they are lossless at any."""
+
+
+class WebDataset(Format):
+    """`bank-000000.tar` and on, made by the standard library; headers hold no time and no owner."""
+
+    Options = WebDatasetOptions
+    carries = ("images", "labels", *_ARRAYS, *_NUMBERS)
+
+    def check(self) -> None:
+        """See `Format.check`."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.options.name):
+            raise UsageError("export: name must be letters, digits, - and _ (64 at most)", got=self.options.name)
+        need_range("shard_bytes", self.options.shard_bytes, 1, 1 << 50)
+        need_range("shard_images", self.options.shard_images, 1, 1 << 40)
+        if not self.options.raw:
+            self.notes += check_png(self.source, self.options.compress_level, "webdataset", "--raw")
+        if "labels" not in self.columns:
+            self.notes.append("the bank has no labels: there are no .cls files")
+
+    def estimate(self) -> int:
+        """See `Format.estimate`."""
+        count, parts = self.source.count, [c for c in self.columns if c in _ARRAYS]
+        arrays = sum(2 * _BLOCK + 128 + self.source.row_bytes([c]) for c in parts)
+        if self.options.raw:
+            images = count * (self.source.spec.image_bytes + 128)
+        else:
+            images = png_bytes(self.source, self.options.compress_level)
+        return images + count * (arrays + 6 * _BLOCK) + 20 * _BLOCK  # image, .cls and .json: header and padding each
+
+    def write(self, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+        """See `Format.write`."""
+        work = functools.partial(_samples, self.options, [printable(n) for n in self.source.names], self._width())
+        shards: list[dict[str, Any]] = []
+        with worked(png_pieces(self.source, self.columns), work, self.workers) as results:
+            samples = (sample for piece in results for sample in piece)
+            while self._shard(folder, samples, shards, advance):
+                pass
+        return {"shards": shards}
+
+    def _shard(self, folder: Path, samples: Iterator[Sample], shards: list[dict[str, Any]], advance: Any) -> bool:
+        """Write the next tar; False when there are no more samples."""
+        sample = next(samples, None)
+        if sample is None:
+            return False
+        name, images = f"{self.options.name}-{len(shards):06d}.tar", 0
+        with tarfile.open(folder / name, "x", format=tarfile.USTAR_FORMAT) as tar:
+            while sample is not None:
+                for member, data in sample:
+                    info = tarfile.TarInfo(member)  # time 0, owner 0, no names: the same bytes for everyone
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                images += 1
+                advance(1)
+                if tar.offset >= self.options.shard_bytes or images >= self.options.shard_images:
+                    break
+                sample = next(samples, None)
+        shards.append({"file": name, "images": images})
+        return True
+
+    def _width(self) -> int:
+        return max(8, len(str(self.source.count - 1)))
+
+    def usage(self) -> str:
+        """See `Format.usage`."""
+        last = max(0, -(-self.source.count // self.options.shard_images) - 1)
+        name = f"{self.options.name}-{{000000..{last:06d}}}.tar" if last else f"{self.options.name}-000000.tar"
+        image, decode = ("npy", ".decode()") if self.options.raw else ("png", '.decode("pil")')
+        keys = [image] + (["cls"] if "labels" in self.columns else []) + ["json"]
+        return (
+            "import webdataset\n\n"
+            f'data = webdataset.WebDataset("DIR/{name}", shardshuffle=False){decode}  # the tars that are there\n'
+            f"for {', '.join(keys)} in data.to_tuple({', '.join(map(repr, keys))}):\n    ..."
+        )
+
+
+Sample = list[tuple[str, bytes]]
+
+
+def _samples(options: WebDatasetOptions, names: list[str], width: int, piece: Piece) -> list[Sample]:
+    """The members of every image of a piece: (name, content)."""
+    first, rows = piece
+    labels, found = rows.get("labels"), []
+    for i, image in enumerate(rows["images"]):
+        key = f"{first + i:0{width}d}"
+        sample = [
+            (f"{key}.npy", _npy(image)) if options.raw else (f"{key}.png", encode_png(image, options.compress_level))
+        ]
+        facts: dict[str, Any] = {"index": first + i, "label": None, "class": None}
+        if labels is not None:
+            label = int(labels[i])
+            facts |= {"label": label, "class": names[label]}
+            sample.append((f"{key}.cls", str(label).encode()))
+        facts |= {c: rows[c][i].item() for c in _NUMBERS if c in rows}
+        sample.append((f"{key}.json", json.dumps(facts, ensure_ascii=False).encode()))
+        sample += [(f"{key}.{c}.npy", _npy(rows[c][i])) for c in _ARRAYS if c in rows]
+        found.append(sample)
+    return found
+
+
+def _npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
