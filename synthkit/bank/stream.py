@@ -69,7 +69,14 @@ def _plan(
     """(rows of the global batch of a step, what to ask the system for before a step is read)."""
     n = len(bank)
     if shuffle is None:
-        return lambda step: np.arange(step * size, min((step + 1) * size, n)), None
+        distance = -(-32 * bank.block_rows // size)  # steps that make about 8 MiB of images
+
+        def stored(step: int, steps: int = 1) -> np.ndarray:
+            return np.arange(min(step * size, n), min((step + steps) * size, n))
+
+        if bank.fits_memory:  # the system reads ahead by itself
+            return stored, None
+        return stored, lambda step: bank.will_need(stored(step + distance), columns)
     if shuffle == "random":
         order = orders.random_order(n, seed, epoch)
 
@@ -80,7 +87,7 @@ def _plan(
         return rows, None if bank.fits_memory else lambda step: bank.will_need(rows(step + 1), columns)
     if shuffle != "blocks":
         raise UsageError("stream: shuffle", got=shuffle, allowed=[*SHUFFLES, "None (stored order)"])
-    order = BlockOrder(n=n, seed=seed, epoch=epoch, block=block or bank.block_rows, window=window)
+    order = BlockOrder(n=n, seed=seed, epoch=epoch, block=bank.block_rows if block is None else block, window=window)
     windows = _Windows(bank, order, size, columns)
     return windows.rows, windows.announce
 

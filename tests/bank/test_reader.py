@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -148,6 +151,116 @@ def test_gather_equals_a_plain_array(shape):
     assert np.array_equal(gather._grouped(rows), joined[rows])
     with pytest.raises(ValueError):
         gather._view[0] = 0  # read-only, like the maps below it
+
+
+MODES = ["mapped", "read", "half"]
+
+
+def opened(path, mode):
+    """The bank at `path`, mapped, read by pread, or with its first three shards mapped."""
+    limit = 3 * Bank(path).sidecars[0].bytes if mode == "half" else None
+    return Bank(path, mapped=mode != "read", mapped_bytes=limit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_way_of_reading_gives_the_same_rows(tmp_path, mode):
+    make_bank(tmp_path / "b")
+    bank = opened(tmp_path / "b", mode)
+    rng = np.random.default_rng(0)
+    for rows in (rng.integers(0, 53, 300), np.arange(53), np.arange(53)[::-1], np.array([7]), np.r_[3:9, 3:9, 20:45]):
+        batch = bank.batch(rows, columns=bank.columns)
+        for name in bank.columns:
+            assert np.array_equal(getattr(batch, name), whole(bank.spec, name)[rows]), name
+    assert bank.batch([]).images.shape == (0, *SHAPE)
+    assert np.array_equal(bank.column("images"), whole(bank.spec, "images"))
+    again = pickle.loads(pickle.dumps(bank))
+    assert np.array_equal(again.batch([5, 50]).images, bank.batch([5, 50]).images)
+    assert again.fits_memory == bank.fits_memory == (mode == "mapped")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_out(tmp_path, mode):
+    make_bank(tmp_path / "b")
+    bank = opened(tmp_path / "b", mode)
+    images, logits = np.zeros((9, *SHAPE), np.uint8), np.zeros((6, CLASSES), np.float16)
+    rows = [50, 3, 3, 31, 0, 12]
+    batch = bank.batch(rows, out={"images": images, "logits": logits})
+    assert batch.images.base is images and np.array_equal(images[:6], whole(bank.spec, "images")[rows])
+    assert not images[6:].any() and np.array_equal(logits, whole(bank.spec, "logits")[rows])
+    assert np.array_equal(batch.labels, whole(bank.spec, "labels")[rows])
+    for wrong in (
+        np.zeros((5, *SHAPE), np.uint8), np.zeros((6, *SHAPE), np.int8), np.zeros((6, 3, 6, 4), np.uint8),
+        np.zeros((12, *SHAPE), np.uint8)[::2], [0] * 6, np.broadcast_to(np.uint8(0), (6, *SHAPE)),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="images"):
+            bank.batch(rows, out={"images": wrong})
+
+
+def test_a_file_cut_while_it_is_read_is_an_error(tmp_path):
+    """With `mapped=False`; a map would end the process with SIGBUS."""
+    make_bank(tmp_path / "b")
+    bank = Bank(tmp_path / "b", mapped=False)
+    bank.batch([0, 25])
+    with open(tmp_path / "b" / "shards" / "00002.h5", "r+b") as file:
+        file.truncate(2100)
+    with pytest.raises(BankError, match="00002.h5.*cut"):
+        bank.batch([29])
+    assert len(bank.batch([5])) == 1  # other shards can still be read
+
+
+def test_many_shards_need_few_descriptors(tmp_path):
+    resource = pytest.importorskip("resource")
+    make_bank(tmp_path / "b", images=200, images_per_shard=1, seed=1)
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 90, hard))
+    try:
+        for mode in MODES:
+            bank = opened(tmp_path / "b", mode)
+            rows = np.random.default_rng(0).permutation(200)
+            assert np.array_equal(bank.batch(rows).images, whole(bank.spec, "images")[rows])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_maps_stay_within_the_limit(tmp_path):
+    """Random reads over a bank larger than `mapped_bytes`: the resident file pages stay below it."""
+    if not os.path.isfile("/proc/self/statm"):
+        pytest.skip("needs /proc")
+    images = noise_images(4000, (3, 64, 64), seed=0)
+    bank = bank_from_arrays(tmp_path / "b", images, num_classes=2, mean=[0.5] * 3, std=[0.2] * 3, images_per_shard=200)
+    code = (
+        "import sys; from synthkit.bank import Bank; b = Bank(sys.argv[1], mapped_bytes=int(sys.argv[2]))\n"
+        "b.batch([0]); shared = lambda: int(open('/proc/self/statm').read().split()[2]) * 4096; start = shared()\n"
+        "for e in range(2):\n  for i in range(0, 4000, 100): b.batch(b.order(e, 0)[i:i + 100])\n"
+        "print(shared() - start)"
+    )
+    grown = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(bank.path), str(limit)], check=True, capture_output=True
+            ).stdout
+        )
+        for limit in (10 << 20, 1 << 30)
+    ]
+    # some pages of libraries come in too; the second shows that the measurement can see the pages of the bank
+    assert grown[0] <= 16 << 20 and grown[1] > 40 << 20
+
+
+def test_maps_go_with_the_bank(tmp_path):
+    if not os.path.isfile("/proc/self/maps"):
+        pytest.skip("needs /proc")
+    make_bank(tmp_path / "b")
+    bank = Bank(tmp_path / "b")
+    batch = bank.batch([1, 20])
+    name = str(tmp_path / "b" / "shards")
+    with open("/proc/self/maps") as file:
+        assert file.read().count(name) == 6
+    del bank
+    gc.collect()
+    with open("/proc/self/maps") as file:
+        assert name not in file.read()
+    assert np.array_equal(batch.images, whole(make_spec(), "images")[[1, 20]])  # what was read is a copy
 
 
 def test_not_a_bank(tmp_path):
