@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "repair": ("repair", "move damaged parts to quarantine/ and say what to make again"),
     "seal": ("seal", "write the manifest with the root hash (done by itself when a bank is finished)"),
     "merge": ("merge", "join banks, or the parts of one run that was spread over machines"),
+    "dedup": ("dedup", "a new bank without duplicates, exact and near"),
     "stats": ("stats", "how diverse it is, and how near to real images (features of the teacher, or pixels)"),
     "import": ("import_", "make a bank of an ImageFolder, parquet, npz, pt, safetensors, WebDataset or MDS"),
     "show": ("show", "write a picture: one row per class, easy to hard"),
