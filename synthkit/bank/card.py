@@ -13,6 +13,7 @@ from typing import Any
 
 from synthkit.bank.shard import Sidecar
 from synthkit.bank.spec import BankSpec
+from synthkit.tables import methods
 
 LABEL_MEANINGS = {
     "argmax": "the class that the teacher names (argmax of its logits); no person has checked them",
@@ -67,8 +68,18 @@ def method_of(spec: BankSpec) -> str:
 
 
 def licence_of(spec: BankSpec) -> str | None:
-    """The licence recorded for the images (`extra.licence`); None where there is none."""
-    found = spec.extra.get("licence") or spec.extra.get("license")
+    """The licence recorded for the images (`extra.licence`, else those of the parents); None where there is none."""
+    known: list[str] = []
+    parents = [p.get("extra") for p in spec.parents if isinstance(p, dict)]
+    for facts in [spec.extra] if _licence(spec.extra) else parents:
+        found = _licence(facts)
+        if found and found not in known:
+            known.append(found)
+    return "; ".join(known) or None
+
+
+def _licence(facts: object) -> str | None:
+    found = (facts.get("licence") or facts.get("license")) if isinstance(facts, dict) else None
     return found if isinstance(found, str) and found.strip() else None
 
 
@@ -113,7 +124,7 @@ def title(spec: BankSpec) -> str:
     """A name for the bank, for people: `cudfkd images of lenet5_bn (1 x 32 x 32, 10 classes)`."""
     teacher = _line(spec.teacher.get("name") or spec.teacher.get("arch") or "", 60)
     size = " x ".join(map(str, spec.shape))
-    made = isinstance(spec.recipe.get("method"), dict)  # by a method of synthkit, not from arrays or files
+    made = method_of(spec) in methods()  # not from arrays, files or other banks
     what = f"{_line(method_of(spec), 60)} images" if made else "Images"
     what += f" of {teacher}" if teacher else ""
     return f"{what} ({size}, {spec.num_classes} classes)"
@@ -255,7 +266,7 @@ def remake_command(spec: BankSpec) -> str | None:
     Every word is quoted for a shell; a recipe with keys that are no option names gives None.
     """
     method, teacher = spec.recipe.get("method"), spec.teacher.get("spec")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str) or not isinstance(teacher, str):
+    if not isinstance(method, dict) or method.get("name") not in methods() or not isinstance(teacher, str):
         return None
     own = {"teacher", "method", "images", "images_per_shard", "seed"}
     options: dict[str, object] = {

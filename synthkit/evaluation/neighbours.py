@@ -47,21 +47,34 @@ def nearest(base: np.ndarray, queries: np.ndarray | None = None, k: int = 1) -> 
     asked = base if queries is None else queries
     _check(base, asked, k + own)
     # distances do not change, but float32 has more digits left for vectors near the origin
-    centre = base.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centre = _centre(base)
     shifted = np.ascontiguousarray(base - centre, np.float32)
     distances = np.empty((len(asked), k))
     indices = np.empty((len(asked), k), np.int64)
     wanted = min(len(base), k + own + SPARE)
     for start in range(0, len(asked), BLOCK):
-        block = np.ascontiguousarray(asked[start : start + BLOCK], np.float32)
-        _, found = faiss.knn(block - centre, shifted, wanted)
-        exact = _distances(block, base, found)
-        if own:
-            exact[found == np.arange(start, start + len(block))[:, None]] = np.inf
-        order = np.lexsort((found, exact), axis=1)[:, :k]
-        distances[start : start + len(block)] = np.take_along_axis(exact, order, axis=1)
-        indices[start : start + len(block)] = np.take_along_axis(found, order, axis=1)
+        block = asked[start : start + BLOCK]
+        _, found = faiss.knn(np.ascontiguousarray(block - centre, np.float32), shifted, wanted)
+        part = slice(start, start + len(block))
+        skip = np.arange(part.start, part.stop) if own else None
+        distances[part], indices[part] = _ranked(block, base, found, k, skip)
     return Neighbours(distances, indices)
+
+
+def _centre(vectors: np.ndarray) -> np.ndarray:
+    """The mean, float32: distances from it do not change, but float32 has more digits left near the origin."""
+    return vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _ranked(
+    queries: np.ndarray, base: np.ndarray, found: np.ndarray, k: int, skip: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` nearest of the candidates `found` (Q,c), by distance in float64, then by row; without `skip` (Q,)."""
+    exact = _distances(queries, base, found)
+    if skip is not None:
+        exact[found == skip[:, None]] = np.inf
+    order = np.lexsort((found, exact), axis=1)[:, :k]
+    return np.take_along_axis(exact, order, axis=1), np.take_along_axis(found, order, axis=1)
 
 
 def _check(base: np.ndarray, queries: np.ndarray, needed: int) -> None:
@@ -120,25 +133,30 @@ def leaders(
     Returns:
         int64 (N,): the row of each row's leader; its own number for a leader, -1 for a row that takes no part.
 
-    Cost: at most len(rows) x leaders x D multiplications. Memory: blocks of 1024 x 1024, never N x N.
+    Cost: at most len(rows) x leaders x D multiplications. Memory: as much again as `vectors`; never N x N.
     """
+    import faiss
+
     order = np.arange(len(vectors)) if rows is None else np.asarray(rows, np.int64)
     leader = np.full(len(vectors), -1, np.int64)
-    kept = np.empty((len(order), vectors.shape[1]), np.float32)
+    centre = _centre(vectors)
+    kept = np.empty((len(order), vectors.shape[1]), np.float32)  # the leaders, centred
     kept_rows = np.empty(len(order), np.int64)
     count = 0
     began = time.monotonic()
     for start in range(0, len(order), BLOCK):
         part = order[start : start + BLOCK]
         block = vectors[part]
+        shifted = np.ascontiguousarray(block - centre, np.float32)
         near, who = np.full(len(part), np.inf), np.full(len(part), -1)
         if count:
-            found = nearest(kept[:count], block)
-            near, who = found.distances[:, 0], kept_rows[found.indices[:, 0]]
+            _, found = faiss.knn(shifted, kept[:count], min(count, 1 + SPARE))
+            gaps, rows_of = _ranked(block, vectors, kept_rows[found], 1)
+            near, who = gaps[:, 0], rows_of[:, 0]
         inside = _leaders_within(block, near, threshold)
         leader[part] = np.where(inside < 0, who, part[inside])
         new = np.flatnonzero(inside == np.arange(len(part)))
-        kept[count : count + len(new)], kept_rows[count : count + len(new)] = block[new], part[new]
+        kept[count : count + len(new)], kept_rows[count : count + len(new)] = shifted[new], part[new]
         count += len(new)
         if tell is not None and start // BLOCK == 15:  # the cost of a block grows linearly with the leaders
             elapsed = time.monotonic() - began
