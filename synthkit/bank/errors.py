@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from synthkit.errors import BankError, UsageError
+from synthkit.errors import BankError, RunError, UsageError
 
 
 class BankNotFoundError(BankError):
@@ -25,3 +25,7 @@ class BankBusyError(BankError):
 
 class BankIndexError(UsageError, IndexError):
     """An image index lies outside the bank."""
+
+
+class HubError(RunError):
+    """The Hugging Face Hub cannot be reached, refuses, or has not what was asked for (exit code 1)."""
