@@ -29,6 +29,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height of random crops, as torchvision's Rando
 _TRIES = 10
 _DRAWS = 32  # random numbers that belong to one row: 20 of the crop's tries, 6 others, room for more
 _STREAM = {"order": 0x6F, "partner": 0x70, "record": 0x72}
+_PIECE = 1 << 16  # rows drawn at once
 _CHUNK_BYTES = 64 << 20  # of finished views; the memory of `apply_views` beyond its result is a few times that
 
 
@@ -87,6 +88,7 @@ class ViewDraw:
     def __init__(self, policy: ViewPolicy, *, images: int, source: tuple[int, int], size: tuple[int, int], seed: int):
         self.policy, self.images, self.source, self.size, self.seed = policy, images, source, size, seed
         self._orders: dict[tuple[str, int], np.ndarray] = {}
+        self._crops: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self.policy.epochs * self.images
@@ -101,6 +103,30 @@ class ViewDraw:
             start += last - first
         return {name: np.concatenate([p[name] for p in parts]) for name in RECORD_COLUMNS}
 
+    def own_views(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """sample, crop and flip of scattered rows (of partners: who they are mixed with does not matter)."""
+        rows = rows.astype(np.int64)
+        count = len(rows)
+        found = {"sample": np.zeros(count, np.int64), "crop": np.zeros((count, 4), np.float32),
+                 "flip": np.zeros(count, np.uint8)}  # fmt: skip
+        for epoch in np.unique(rows // self.images).tolist():
+            at = np.flatnonzero(rows // self.images == epoch)
+            place = rows[at] - epoch * self.images
+            crop, flip = self._epoch_crops(epoch)
+            found["sample"][at], found["crop"][at] = self.order("order", epoch)[place], crop[place]
+            found["flip"][at] = flip[place]
+        return found
+
+    def _epoch_crops(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """crop and flip of all rows of an epoch, kept until another epoch is asked for (17 bytes an image)."""
+        if self._crops is None or self._crops[0] != epoch:
+            crop, flip = np.empty((self.images, 4), np.float32), np.empty(self.images, np.uint8)
+            for first in range(0, self.images, _PIECE):
+                part = slice(first, min(first + _PIECE, self.images))
+                crop[part], flip[part] = self._crop_flip(self._uniform(epoch, part.start, part.stop))
+            self._crops = (epoch, crop, flip)
+        return self._crops[1], self._crops[2]
+
     def order(self, what: str, epoch: int) -> np.ndarray:
         """A permutation of the images that depends on (seed, epoch) and the purpose: raw bits and a stable sort."""
         if (what, epoch) not in self._orders:
@@ -113,15 +139,25 @@ class ViewDraw:
     def _seeds(self, what: str, epoch: int) -> np.random.SeedSequence:
         return np.random.SeedSequence([self.seed, epoch, _STREAM[what]])
 
+    def _uniform(self, epoch: int, first: int, last: int) -> np.ndarray:
+        """(last - first, _DRAWS) numbers in [0, 1) of these rows: 53 bits each, at their place of the stream."""
+        stream = np.random.PCG64(self._seeds("record", epoch)).advance(first * _DRAWS)
+        bits = stream.random_raw((last - first) * _DRAWS) >> np.uint64(11)
+        return bits.reshape(-1, _DRAWS) * 2.0**-53
+
+    def _crop_flip(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        crop = random_crops(uniform[:, :22], self.source, self.policy.crop_scale, self.policy.crop_ratio)
+        return crop, (uniform[:, 22] < self.policy.flip).astype(np.uint8)
+
     def _epoch_rows(self, epoch: int, first: int, last: int) -> dict[str, np.ndarray]:
         count, policy = last - first, self.policy
-        stream = np.random.PCG64(self._seeds("record", epoch)).advance(first * _DRAWS)
-        uniform = (stream.random_raw(count * _DRAWS) >> np.uint64(11)).reshape(count, _DRAWS) * 2.0**-53
+        uniform = self._uniform(epoch, first, last)
+        crop, flip = self._crop_flip(uniform)
         own = epoch * self.images + np.arange(first, last)
         columns = {
             "sample": self.order("order", epoch)[first:last],
-            "crop": random_crops(uniform[:, :22], self.source, policy.crop_scale, policy.crop_ratio),
-            "flip": (uniform[:, 22] < policy.flip).astype(np.uint8),
+            "crop": crop,
+            "flip": flip,
             "partner": own,
             "mix_lambda": np.ones(count, np.float32),
             "mix_box": np.zeros((count, 4), np.uint16),

@@ -68,6 +68,14 @@ def test_records_are_a_pure_function_of_seed_epoch_and_row(mix):
         assert (every["partner"] != np.arange(90)).mean() > 0.8
 
 
+def test_scattered_rows_are_those_of_the_epoch(monkeypatch):
+    monkeypatch.setattr("synthkit.bank.views._PIECE", 7)
+    every, rows = draw_of().rows(0, 90), np.array([3, 89, 31, 3, 60])
+    found = draw_of().own_views(rows)
+    assert all(np.array_equal(found[k], every[k][rows]) for k in ("sample", "crop", "flip"))
+    assert len(draw_of().own_views(rows[:0])["sample"]) == 0
+
+
 def test_more_epochs_do_not_change_the_first_ones():
     short, long = draw_of(epochs=1).rows(0, 30), draw_of(epochs=5).rows(0, 30)
     assert all(np.array_equal(short[k], long[k]) for k in short)
