@@ -39,8 +39,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(planned: Plan) -> Path:
     from synthkit.runtime import Progress
 
-    total = planned.source.count * planned.made.passes()
-    with Progress(total, f"export {planned.name}") as line:
+    with Progress(planned.steps, planned.title) as line:
         return planned.run(line.update)
 
 

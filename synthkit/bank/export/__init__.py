@@ -67,8 +67,19 @@ class Plan:
     free: int
     """Bytes that are free there."""
 
+    @property
+    def steps(self) -> int:
+        """What all calls of `advance` sum to: rows, times the arrays that are written one after the other."""
+        return self.source.count * self.made.passes()
+
+    @property
+    def title(self) -> str:
+        """Name of the progress line."""
+        passes = self.made.passes()
+        return f"export {self.name}" + (f", rows of {passes} arrays" if passes > 1 else "")
+
     def run(self, advance: Callable[[int], None] | None = None) -> Path:
-        """Make the export. `advance` is told the rows done since its last call, `made.passes()` times each row.
+        """Make the export. `advance` is told the steps done since its last call.
 
         Raises:
             OutputExistsError: the target exists. StorageError: no room, or writing failed; nothing is left then.
@@ -148,7 +159,7 @@ def export(
         return planned.run()
     from synthkit.runtime import Progress
 
-    with Progress(planned.source.count * planned.made.passes(), f"export {format}") as line:
+    with Progress(planned.steps, planned.title) as line:
         return planned.run(line.update)
 
 

@@ -17,6 +17,7 @@ from synthkit.bank.export.names import csv_text, folder_names
 from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces
 
 UNLABELLED = "unlabelled"
+_FACTS = ("difficulty", "origin_step", "origin_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,10 @@ class ImageFolder(Format):
     """
 
     Options = ImageFolderOptions
-    carries = ("images", "labels", "logits", "difficulty", "topk_index", "topk_logit", "tail_logsumexp")
+    carries = (
+        "images", "labels", "logits", "difficulty", "origin_step", "origin_seed", "topk_index", "topk_logit",
+        "tail_logsumexp",
+    )  # fmt: skip
 
     @property
     def columns(self) -> list[str]:
@@ -91,7 +95,7 @@ class ImageFolder(Format):
     def _header(self) -> list[str]:
         names, source = ["file", "index"], self.source
         names += ["label", "class"] if "labels" in self.columns else []
-        names += ["difficulty"] if "difficulty" in self.columns else []
+        names += [c for c in _FACTS if c in self.columns]
         names += ["argmax"] if {"logits", "topk_logit"} & set(self.columns) else []
         names += [f"logit_{i}" for i in range(source.spec.num_classes)] if "logits" in self.columns else []
         if "topk_logit" in self.columns:
@@ -129,8 +133,7 @@ def _files(folder: Path, places: list[str], cells: list[str], width: int, level:
 def _values(rows: dict[str, np.ndarray]) -> list[list[list[Any]]]:
     """The numbers behind the label, column group by column group, as texts per row."""
     groups: list[list[list[Any]]] = []
-    if "difficulty" in rows:
-        groups.append(_texts(rows["difficulty"][:, None]))
+    groups += [_texts(rows[column][:, None]) for column in _FACTS if column in rows]
     if "logits" in rows:
         groups.append([[int(i)] for i in rows["logits"].argmax(axis=1)])
     elif "topk_logit" in rows:
@@ -152,7 +155,7 @@ def _halves() -> np.ndarray:
 
 
 def _texts(values: np.ndarray) -> list[list[str]]:
-    """(N, k) floats as the shortest texts that read back as the same float16 or float32."""
+    """(N, k) numbers as texts: of floats the shortest that read back as the same float16 or float32."""
     if values.dtype == np.float16:
         return _halves()[values.view(np.uint16)].tolist()
     return values.astype("U32").tolist()

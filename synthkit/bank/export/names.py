@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
-_FORBIDDEN = set('/\\:*?"<>|')  # separators, and what Windows refuses
+_KEPT = set("-_.,()+@")  # beside letters, marks and digits of every script
 _MAX_BYTES = 120  # of a folder name; file systems stop at 255
 _FORMULA = "=+-@\uff1d\uff0b\uff0d\uff20"  # also the full-width forms, which some spreadsheets take for the plain ones
 
@@ -25,17 +26,18 @@ def folder_names(names: Sequence[str]) -> list[str]:
     """One folder name per class, sorted like the class numbers: `000_airplane`.
 
     The number in front makes the sorted order the label order, keeps equal names apart (also on file systems that
-    ignore case) and rules out reserved names (`CON`) and hidden ones. Letters of every script are kept (NFC);
-    separators, control characters and what Windows refuses become `_`; names are cut to 120 bytes.
+    ignore case) and rules out reserved names (`CON`) and hidden ones. Letters, marks and digits of every script are
+    kept (NFC), and a few signs; all else (separators, quotes, what shells and Windows take for commands) becomes `_`;
+    names are cut to 120 bytes.
     """
     width = max(3, len(str(len(names) - 1)))
     return [f"{number:0{width}d}_{_safe(name)}".rstrip("_") for number, name in enumerate(names)]
 
 
 def _safe(name: str) -> str:
-    text = unicodedata.normalize("NFC", printable(name)).replace(" ", "_")
-    text = "".join("_" if c in _FORBIDDEN else c for c in text)
-    cut = text.encode()[:_MAX_BYTES].decode(errors="ignore")
+    text = unicodedata.normalize("NFC", printable(name))
+    text = "".join(c if c in _KEPT or unicodedata.category(c)[0] in "LMN" else "_" for c in text)
+    cut = re.sub("__+", "_", text).encode()[:_MAX_BYTES].decode(errors="ignore")
     return cut.strip("._")  # Windows drops a dot at the end
 
 
@@ -55,7 +57,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
     for number, name in enumerate(names):
         new = name or str(number)
         if new in found or (new != name and new in taken):
-            new = f"{name} ({number})"
+            new = f"{new} ({number})"
             while new in found or new in taken:
                 new += "'"
         found[new] = number

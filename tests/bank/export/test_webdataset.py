@@ -1,0 +1,78 @@
+"""WebDataset tars, read back with webdataset."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from synthkit.bank.export import export
+from synthkit.errors import UsageError
+
+from .exports import make, pixels, same, stored
+
+webdataset = pytest.importorskip("webdataset")
+
+
+def read(folder: Path, decode: str | None = "pil") -> list[dict[str, Any]]:
+    tars = sorted(str(p) for p in folder.glob("*.tar"))
+    data = webdataset.WebDataset(tars, shardshuffle=False)
+    return list(data.decode(decode) if decode else data.decode())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_webdataset_reads_the_same_rows_in_order(tmp_path, channels):
+    rows = stored(make(tmp_path / "b", shape=(channels, 6, 5), top_k=2))
+    out = export(tmp_path / "b", "webdataset", tmp_path / "o", workers=3)
+    found = read(out, "pill" if channels == 1 else "pil")  # "pil" makes RGB of everything
+    assert [s["__key__"] for s in found] == [f"{i:08d}" for i in range(23)]
+    same(np.stack([pixels(s["png"]) for s in found]), rows["images"])
+    same(np.array([s["cls"] for s in found]), rows["labels"], np.int64)
+    for column in ("logits", "topk_index", "topk_logit"):
+        same(np.stack([s[f"{column}.npy"] for s in found]), rows[column])
+    for column in ("difficulty", "tail_logsumexp", "origin_step", "origin_seed"):
+        same(np.array([s["json"][column] for s in found]).astype(rows[column].dtype), rows[column])
+    assert [s["json"]["label"] for s in found] == rows["labels"].tolist()
+    assert {s["json"]["class"] for s in found if s["cls"] == 4} <= {"Ärger 猫 <b>"}
+
+
+def test_raw_pixels(tmp_path):
+    rows = stored(make(tmp_path / "b", shape=(5, 3, 4), mean=[0.5] * 5, std=[0.5] * 5))
+    found = read(export(tmp_path / "b", "webdataset", tmp_path / "o", raw=True), None)
+    same(np.stack([s["npy"] for s in found]), rows["images"])
+
+
+@pytest.mark.parametrize("limit", [{"shard_images": 5}, {"shard_bytes": 20_000}])
+def test_several_tars_hold_every_row_once(tmp_path, limit):
+    rows = stored(make(tmp_path / "b"))
+    out = export(tmp_path / "b", "webdataset", tmp_path / "o", name="train", **limit)
+    tars = sorted(p.name for p in out.glob("*.tar"))
+    assert len(tars) > 2 and tars[:2] == ["train-000000.tar", "train-000001.tar"]
+    found = read(out)
+    same(np.stack([pixels(s["png"]) for s in found]), rows["images"])
+    if "shard_images" in limit:
+        usage = (out / "README.md").read_text(encoding="utf-8")
+        assert "train-{000000..000004}.tar" in usage and len(tars) == 5
+
+
+def test_headers_tell_neither_time_nor_owner(tmp_path):
+    make(tmp_path / "b")
+    out = export(tmp_path / "b", "webdataset", tmp_path / "o")
+    with tarfile.open(out / "bank-000000.tar") as tar:
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
+
+
+def test_without_labels_and_one_image(tmp_path):
+    rows = stored(make(tmp_path / "b", images=1, labels=False, logits=False))
+    (sample,) = read(export(tmp_path / "b", "webdataset", tmp_path / "o"))
+    same(pixels(sample["png"])[None], rows["images"])
+    assert "cls" not in sample and "logits.npy" not in sample and sample["json"]["label"] is None
+
+
+def test_a_name_is_no_path(tmp_path):
+    make(tmp_path / "b")
+    with pytest.raises(UsageError, match="letters"):
+        export(tmp_path / "b", "webdataset", tmp_path / "o", name="../x")
