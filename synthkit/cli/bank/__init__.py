@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dedup": ("dedup", "a new bank without duplicates, exact and near"),
     "stats": ("stats", "how diverse it is, and how near to real images (features of the teacher, or pixels)"),
     "import": ("import_", "make a bank of an ImageFolder, parquet, npz, pt, safetensors, WebDataset or MDS"),
+    "push": ("push", "upload a sealed bank to the Hugging Face Hub"),
+    "pull": ("pull", "fetch a bank from the Hub: pinned, resumable, every hash checked"),
     "show": ("show", "write a picture: one row per class, easy to hard"),
 }
 
