@@ -52,15 +52,17 @@ def commit(path: Path, data: bytes | memoryview, text: bytes, fence: Callable[[]
             with contextlib.suppress(OSError, Beaten):  # never in the way of the error that led here
                 _take_away(path, record)
         raise
+    finally:
+        os.close(mine)
 
 
-def _place(path: Path, data: bytes | memoryview, record: Path) -> tuple[int, int]:
-    """Publish the data file, never over another one; returns what tells it from others."""
+def _place(path: Path, data: bytes | memoryview, record: Path) -> int:
+    """Publish the data file, never over another one; returns its descriptor, which tells it from others."""
     for _ in range(3):
         if os.path.lexists(path):
             _take_away(path, record)
         try:
-            return publish(path, data, new=True)
+            return publish(path, data, new=True, keep=True)
         except FileExistsError:
             continue
     raise _beaten(path)
@@ -86,11 +88,20 @@ def _take_away(path: Path, record: Path) -> None:
     aside.unlink(missing_ok=True)
 
 
-def _is(path: Path, mine: tuple[int, int], digest: str) -> bool:
+def _is(path: Path, mine: int, digest: str) -> bool:
+    """Whether `path` is still the file that is open as `mine` (or, where inodes are no guide, has its content)."""
     try:
-        status = os.lstat(path)
-        # Some network file systems number files anew: then the content decides.
-        return (status.st_dev, status.st_ino) == mine or file_sha256(path) == digest
+        if os.path.samestat(os.lstat(path), os.fstat(mine)):
+            return True
+    except FileNotFoundError:
+        return False
+    return holds(path, digest)
+
+
+def holds(path: Path, digest: str) -> bool:
+    """Whether there is a file `path` with the sha256 `digest`."""
+    try:
+        return file_sha256(path) == digest
     except FileNotFoundError:
         return False
 

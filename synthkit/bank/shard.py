@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,7 @@ def encode(columns: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, dict[str
 
     payload = sum(c.nbytes for c in columns.values())
     with h5py.File(
-        "shard.h5", "w", driver="core", backing_store=False, block_size=payload + (64 << 10),
+        f"{threading.get_ident()}.h5", "w", driver="core", backing_store=False, block_size=payload + (64 << 10),
         libver=("v108", "v108"), alignment_threshold=1, alignment_interval=ALIGNMENT,
     ) as file:  # fmt: skip
         layout = {}
@@ -303,7 +304,7 @@ def check_record(raw: dict[str, Any], where: str, index: int, rows: int, layout:
     def is_int(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
 
-    need(raw.get("shard") == index, f"must describe shard {index}", raw.get("shard"))
+    need(type(raw.get("shard")) is int and raw["shard"] == index, f"must describe shard {index}", raw.get("shard"))
     count, size, digest = raw.get("n"), raw.get("bytes"), raw.get("sha256")
     need(is_int(count) and count == rows, f"n must be {rows} as planned", count)
     need(is_int(size), "bytes must be a number", size)

@@ -62,17 +62,18 @@ def temp_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{host()}-{os.getpid()}")
 
 
-def publish(path: Path, data: bytes | memoryview, *, new: bool = False) -> tuple[int, int]:
+def publish(path: Path, data: bytes | memoryview, *, new: bool = False, keep: bool = False) -> int:
     """Write `data` to a temporary, fsync it and rename it to `path`. The caller syncs the folder.
 
-    With `new` an existing `path` is never replaced. Returns (device, inode), which tell this file from any other.
+    With `new` an existing `path` is never replaced. With `keep` the file is left open and its descriptor returned (-1
+    otherwise): while it is open, no other file can have its inode.
 
     Raises:
         FileExistsError: `new`, and there is a `path`.
         OSError: as the system said it; the temporary is gone then.
     """
     make_folder(path.parent)
-    temp = temp_path(path)
+    temp, kept = temp_path(path), -1
     _mine.add(str(temp.absolute()))
     try:
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -80,18 +81,20 @@ def publish(path: Path, data: bytes | memoryview, *, new: bool = False) -> tuple
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-            status = os.fstat(stream.fileno())
+            kept = os.dup(stream.fileno()) if keep else -1
         if new:
             publish_new(temp, path)
         else:
             os.rename(temp, path) if os.name == "posix" else os.replace(temp, path)
     except BaseException:  # also Ctrl-C: a temporary never stays behind while the process can still remove it
+        if kept >= 0:
+            os.close(kept)
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
         raise
     finally:
         _mine.discard(str(temp.absolute()))
-    return status.st_dev, status.st_ino
+    return kept
 
 
 def make_folder(path: Path) -> None:
@@ -446,14 +449,14 @@ def process_start(pid: int) -> float | None:
         return None
 
 
-def names_in(folder: Path) -> list[str]:
-    """Names in a folder of a bank, sorted; none when it does not exist.
+def names_in(folder: Path, *, follow: bool = False) -> list[str]:
+    """Names in a folder of a bank, sorted; none when it does not exist. `follow`: it may be a link (the user's own).
 
     Raises:
         BankError: it is a link (which could lead anywhere) or no folder, or it cannot be read.
     """
     try:
-        if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        if not stat.S_ISDIR(os.stat(folder, follow_symlinks=follow).st_mode):
             raise BankError(f"{folder}: not a folder", hint="a bank holds plain folders and files only, no links")
         return sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -469,5 +472,5 @@ def require_bank(path: Path) -> None:
     except ValueError:  # a NUL in the path
         found = False
     if not found:
-        what = "no such folder" if not path.exists() else "not a bank (it has no bank.json)"
+        what = "no such folder" if not os.path.exists(path) else "not a bank (it has no bank.json)"
         raise BankNotFoundError(f"{path}: {what}", hint="make one with: synthkit synthesize --teacher ... --out DIR")

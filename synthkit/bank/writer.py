@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import seal, state
-from synthkit.bank.commit import Beaten, commit
+from synthkit.bank.commit import Beaten, commit, holds
 from synthkit.bank.errors import BankMismatchError
 from synthkit.bank.lock import Claim, claim
 from synthkit.bank.shard import SINCE, committed_shards, conform, encode, read_sidecar, shard_file, summary
@@ -159,7 +159,10 @@ class BankWriter:
             try:
                 commit(shard, data, text, lambda: self._check_claim(index))
             except Beaten:
-                if not sidecar.exists() or (present := read_sidecar(sidecar, index, self.spec)).sha256 != digest:
+                if not holds(shard, digest) or not sidecar.exists():
+                    raise
+                present = read_sidecar(sidecar, index, self.spec)
+                if present.sha256 != digest:
                     raise
                 record = present.raw  # the other run made the same bytes
         self._clock = now

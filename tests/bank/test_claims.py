@@ -1,0 +1,403 @@
+"""Who makes which shards: claims of living, dead, suspended and foreign holders, and two writers of one shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py  # noqa: F401  (imported before threads are made to take turns)
+import numpy as np
+import pytest
+
+import synthkit
+from synthkit.bank import Bank, BankBusyError, BankWriter, commit, lock, storage
+from synthkit.bank.lock import as_ranges, claim, describe, read_claims
+from synthkit.bank.shard import read_sidecar
+from synthkit.errors import BankError, StorageError, SynthkitError, UsageError
+
+from .banks import fill, make_spec, shard_arrays
+
+ROOT = Path(synthkit.__file__).parent.parent
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+BEGIN = "import sys, time\nfrom synthkit.bank import BankWriter, lock\nwriter = BankWriter(sys.argv[1])\n"
+HOLD = "with writer.claim({shards}):\n    print('held', flush=True)\n    time.sleep(60)\n"
+FOREIGN = """
+lock._boot_id = lambda: "another boot"
+lock.host = lambda: "elsewhere"
+lock.fcntl = None  # nor does the file system carry its lock over
+lock.HEARTBEAT = 0.05
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> BankWriter:
+    return BankWriter.create(tmp_path / "b", make_spec())  # six shards
+
+
+@contextmanager
+def child(code: str, *words: Path | str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has said its first line."""
+    command = [sys.executable, "-c", code, *map(str, words)]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "overlap"),
+    [
+        (range(2, 24, 8), range(0, 24, 2), True),  # 3/8 and 1/2
+        (range(2, 24, 8), range(1, 24, 2), False),  # 3/8 and 2/2
+        (range(0, 24, 3), range(1, 24, 2), True),
+        (range(0, 6), range(6, 24), False),
+        ([1, 2, 9], [3, 9, 11], True),
+        ([1, 2, 9], range(3, 9), False),
+        (None, [23], True),
+        (None, None, True),
+        ([], None, True),
+        ([], [0], False),
+    ],
+)
+def test_overlapping_claims_are_refused(writer, a, b, overlap):
+    for first, second in ((a, b), (b, a)):
+        with claim(writer.path, first):
+            if overlap:
+                with pytest.raises(BankBusyError, match=f"pid {os.getpid()} on host"), claim(writer.path, second):
+                    pytest.fail("the body must not run")
+            else:
+                with claim(writer.path, second):
+                    assert len(read_claims(writer.path)) == 2
+    assert read_claims(writer.path) == []
+
+
+def test_a_refusal_names_the_shards(writer):
+    with claim(writer.path, range(2, 24, 8)), pytest.raises(BankBusyError) as caught, claim(writer.path, range(0, 24)):
+        pytest.fail("the body must not run")
+    assert "shards 2, 10, ... 18 (that is 3/8)" in str(caught.value) and "wait for it" in str(caught.value)
+
+
+def test_ranges_are_stored_short():
+    assert as_ranges([5, 1, 3]) == (range(1, 6, 2),)
+    assert as_ranges([0, 1, 2, 7]) == (range(0, 3), range(7, 8)) and describe(as_ranges([0, 1, 2, 7])) == (
+        "shards 0-2, 7"
+    )
+    with pytest.raises(UsageError):
+        as_ranges([-1])
+
+
+def test_only_claimed_shards_are_written_while_a_claim_is_held(writer):
+    with writer.claim([0, 2]):
+        fill(writer, [0, 2])
+        with pytest.raises(UsageError, match="shard 1 does not belong to shards"):
+            fill(writer, [1])
+    fill(writer, [1])
+
+
+# ---- living, killed, suspended -------------------------------------------------------------------------------------
+
+
+def test_a_killed_holder_does_not_block_and_a_suspended_one_does(writer):
+    with child(BEGIN + HOLD.format(shards="[0, 1]"), writer.path) as holder:
+        with writer.claim([2, 3]):
+            pass
+        os.kill(holder.pid, signal.SIGSTOP)
+        with pytest.raises(BankBusyError, match=f"shards 0-1 of this bank .pid {holder.pid} "), writer.claim([1]):
+            pytest.fail("the body must not run")
+        holder.kill()
+        holder.wait()
+        with writer.lock():
+            assert [h.facts["pid"] for h in read_claims(writer.path)] == [os.getpid()]
+    assert read_claims(writer.path) == []
+
+
+def test_a_forked_child_that_outlives_its_killed_parent_holds_nothing(writer):
+    code = """
+import os
+with writer.lock():
+    if os.fork() == 0:
+        print(f"{os.getpid()}", flush=True)
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", BEGIN + code, str(writer.path)], env=ENV, stdout=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    assert process.stdout is not None
+    said = {process.stdout.readline().strip() for _ in range(2)}
+    grandchild = int((said - {"held"}).pop())
+    try:
+        process.kill()
+        process.wait()
+        with writer.lock():
+            pass
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+        process.stdout.close()
+
+
+def test_many_processes_claim_at_the_same_moment(tmp_path):
+    """Eight workers, four ranges: each range is made by exactly one of its two workers; nobody sees a half bank."""
+    code = """
+import sys
+sys.path.insert(0, sys.argv[3])
+from bank.banks import fill, make_spec
+from synthkit.bank import BankBusyError, BankWriter
+writer = BankWriter.open_or_create(sys.argv[1], make_spec(images=200, images_per_shard=10))
+mine = range(int(sys.argv[2]), writer.shards, 4)
+try:
+    with writer.claim(mine):
+        fill(writer, list(mine))
+    print("made", end="")
+except BankBusyError:
+    print("busy", end="")
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "b")]
+    started = [subprocess.Popen([*words, str(i % 4), str(ROOT / "tests")], env=ENV, stdout=subprocess.PIPE, text=True)
+               for i in range(8)]  # fmt: skip
+    said = [process.communicate(timeout=60)[0] for process in started]
+    assert all(said[i] in ("made", "busy") and "made" in (said[i], said[i + 4]) for i in range(4)), said
+    bank = Bank(tmp_path / "b")
+    assert bank.complete and bank.verify(deep=True).ok and (bank.path / "manifest.json").exists()
+    spec = make_spec(images=200, images_per_shard=10)
+    assert all((bank[i * 10 : i * 10 + 10].images == shard_arrays(spec, i)["images"]).all() for i in range(20))
+
+
+# ---- other machines ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.6)
+
+
+def plant(writer: BankWriter, shards: Any = None, **facts: Any) -> Path:
+    """A claim as another machine left it."""
+    folder = writer.path / "state" / "claims"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"beat": f"{7:012d}", "pid": os.getpid(), "host": "elsewhere", "boot": "other", "shards": shards, **facts}
+    (folder / "feed.json").write_text(json.dumps(record))
+    return folder / "feed.json"
+
+
+@pytest.mark.parametrize("jump", [0.0, 4e9, -1.6e9])
+def test_a_dead_holder_of_another_machine_is_waited_for_and_replaced(writer, patience, monkeypatch, capsys, jump):
+    """Whatever the clocks of the two machines say."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    place = plant(writer, [[0, 3, 1]])
+    begun = time.monotonic()
+    with writer.claim([3]):  # another range: no waiting
+        assert time.monotonic() - begun < 0.5
+    with writer.claim([2]):
+        assert time.monotonic() - begun > 0.6 and not place.exists()
+        fill(writer, [2])
+    said = capsys.readouterr().err
+    assert f"claimed by pid {os.getpid()} on host elsewhere, on another machine; watching for" in said
+    assert "taken over" in said
+
+
+def test_a_counting_holder_of_another_machine_is_respected(writer, patience):
+    with child(BEGIN + FOREIGN + HOLD.format(shards="None"), writer.path) as holder:
+        with pytest.raises(BankBusyError, match=f"holds this bank .pid {holder.pid} on host elsewhere"), writer.lock():
+            pytest.fail("the body must not run")
+        assert len(read_claims(writer.path)) == 1
+        holder.kill()
+        holder.wait()
+        with writer.lock():
+            pass
+
+
+def test_the_same_host_name_is_not_the_same_machine(writer, patience, capsys):
+    plant(writer, host=storage.host())
+    with writer.lock():
+        pass
+    assert "watching" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"shards": [[0]]}', b'{"shards": [[0, 5, 0]]}', b"\xff" * 99])
+def test_a_claim_that_cannot_be_understood_counts_as_the_whole_bank(writer, patience, text, capsys):
+    """Of whom it is cannot be known either, so it is watched; then it is nobody's."""
+    plant(writer).write_bytes(text)
+    with writer.claim([5]):
+        pass
+    assert "watching" in capsys.readouterr().err and read_claims(writer.path) == []
+
+
+def test_ctrl_c_while_waiting_leaves_no_claim(writer, monkeypatch):
+    plant(writer)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt), writer.lock():
+        pytest.fail("the body must not run")
+    assert [h.path.name for h in read_claims(writer.path)] == ["feed.json"]
+
+
+RACER = """
+import numpy as np
+writer.write_shard(1, {"images": np.full((10, 3, 6, 5), 9, np.uint8), "labels": np.zeros(10, int)})
+"""
+
+
+def test_a_suspended_holder_that_lost_its_claim_publishes_nothing(writer, patience):
+    """Machine A stands still, machine B takes over and commits; A wakes up and wants to commit its own version."""
+    script = BEGIN + FOREIGN + (
+        "from synthkit.bank import BankBusyError\n"
+        "with writer.claim([0, 1]):\n    print('held', flush=True)\n    sys.stdin.readline()\n    try:\n"
+        + "".join(f"        {line}\n" for line in RACER.strip().splitlines())
+        + "    except BankBusyError as error:\n        print('refused:', error, flush=True)\n"
+    )  # fmt: skip
+    command = [sys.executable, "-c", script, str(writer.path)]
+    process = subprocess.Popen(command, env=ENV, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdin is not None and process.stdout.readline() == "held\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    with writer.claim([1]):
+        os.kill(process.pid, signal.SIGCONT)
+        said, _ = process.communicate("go\n", timeout=30)
+        assert "refused:" in said and f"taken over by pid {os.getpid()}" in said
+        assert writer.committed() == []
+        fill(writer, [1])
+    assert (Bank(writer.path).verify(deep=True)).ok
+    stored = np.fromfile(writer.shard_path(1), np.uint8)
+    assert shard_arrays(writer.spec, 1)["images"].tobytes() in stored.tobytes()
+
+
+def test_a_vanished_bank_is_said(writer):
+    import shutil
+
+    with writer.lock() as held:
+        shutil.rmtree(writer.path)
+        with pytest.raises(StorageError, match="vanished"):
+            held.check()
+        with pytest.raises(StorageError, match="vanished"):
+            fill(writer, [0])
+    assert not writer.path.exists()
+    with pytest.raises(StorageError, match="vanished"), writer.lock():
+        pass
+
+
+# ---- two writers of one shard, without any claim -------------------------------------------------------------------
+
+
+class Schedule:
+    """Lets threads take turns at every system call of publishing, in an order drawn from a seed."""
+
+    CALLS = ("link", "rename", "unlink", "fsync", "open")
+
+    def __init__(self, seed: int, patch: pytest.MonkeyPatch):
+        self.draw, self.turn, self.waiting = random.Random(seed), threading.Condition(), set()
+        self.alive: set[str] = set()
+        self.next: str | None = None
+        for call in self.CALLS:
+            patch.setattr(os, call, self.gated(getattr(os, call)))
+        for module in (storage, commit):
+            patch.setattr(module, "temp_path", lambda path: path.with_name(
+                f"{path.name}.tmp-{threading.current_thread().name}-1"))  # fmt: skip
+
+    def gated(self, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.step()
+            return real(*args, **kwargs)
+
+        return call
+
+    def step(self) -> None:
+        name = threading.current_thread().name
+        if name not in self.alive:
+            return
+        with self.turn:
+            self.waiting.add(name)
+            self.pick()
+            while self.next != name:
+                self.turn.wait(10)
+            self.next = None
+            self.waiting.discard(name)
+
+    def pick(self) -> None:
+        if self.next is None and self.waiting == self.alive and self.alive:
+            self.next = self.draw.choice(sorted(self.waiting))
+        self.turn.notify_all()
+
+    def run(self, jobs: dict[str, Any]) -> dict[str, BaseException | None]:
+        outcome: dict[str, BaseException | None] = {}
+
+        def work(name: str) -> None:
+            try:
+                jobs[name]()
+                outcome[name] = None
+            except SynthkitError as error:
+                outcome[name] = error
+            finally:
+                with self.turn:
+                    self.alive.discard(name)
+                    self.pick()
+
+        self.alive = set(jobs)
+        threads = [threading.Thread(target=work, args=(name,), name=name) for name in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return outcome
+
+
+def race(path: Path, seed: int, arrays: dict[str, dict[str, np.ndarray]]) -> dict[str, BaseException | None]:
+    """Two writers of shard 0 whose system calls alternate as `seed` says."""
+    with pytest.MonkeyPatch.context() as patch:
+        schedule = Schedule(seed, patch)
+        jobs = {name: lambda name=name: BankWriter(path).write_shard(0, arrays[name]) for name in arrays}
+        outcome = schedule.run(jobs)
+    assert outcome.keys() == arrays.keys(), f"seed {seed}: a writer crashed or hangs"
+    assert all(error is None or isinstance(error, BankError) for error in outcome.values()), outcome
+    assert not [p for p in path.rglob("*") if ".tmp-" in p.name]
+    return outcome
+
+
+@pytest.mark.parametrize("leftover", [False, True])
+def test_two_writers_of_one_shard_in_many_orders(tmp_path, leftover):
+    """Whatever the order of their system calls: the record describes the bytes on disk, and the loser is told."""
+    arrays = {name: shard_arrays(make_spec(seed=seed), 0) for seed, name in enumerate(("first", "second"))}
+    winners = []
+    for seed in range(60):
+        path = BankWriter.create(tmp_path / f"b{seed}", make_spec()).path
+        (path / "shards").mkdir()
+        if leftover:
+            (path / "shards" / "00000.h5").write_bytes(b"half a shard of a killed run")
+        outcome = race(path, seed, arrays)
+        stored = (path / "shards" / "00000.h5").read_bytes()
+        sidecar = read_sidecar(path / "shards" / "00000.json", 0, make_spec())
+        assert hashlib.sha256(stored).hexdigest() == sidecar.sha256, f"seed {seed}: {outcome}"
+        done = [name for name, error in outcome.items() if error is None]
+        assert len(done) <= 1, f"seed {seed}: both believe that their bytes are in the bank"
+        assert all(arrays[name]["images"].tobytes() in stored for name in done), f"seed {seed}: {outcome}"
+        winners += done
+    assert set(winners) == {"first", "second"} and len(winners) > 30
+
+
+def test_two_writers_of_equal_bytes(tmp_path):
+    arrays = dict.fromkeys(("first", "second"), shard_arrays(make_spec(), 0))
+    both = 0
+    for seed in range(20):
+        path = BankWriter.create(tmp_path / f"b{seed}", make_spec()).path
+        both += list(race(path, seed, arrays).values()) == [None, None]
+        assert Bank(path).verify(deep=True).ok and len(Bank(path).sidecars) == 1
+    assert both > 10
