@@ -132,7 +132,8 @@ def load_hub(spec: str, split: Split, size: tuple[int, int, int] | None, name: s
     # the library raises its own and requests' errors, all below these
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(f"hf: {repo} cannot be loaded ({error})", hint="check the name and the network") from error
-    parts = {split_of_folder(key) or key: found[key] for key in found}
+    # a split may be named by a `NamedSplit`, which is a str to Python but not to type checkers
+    parts: dict[str, Any] = {split_of_folder(str(key)) or str(key): found[key] for key in found}
     chosen, taken = choose(parts, split, name)
     features: dict[str, Any] = chosen[0].features
     image = next((key for key, kind in features.items() if type(kind).__name__ == "Image"), None)
