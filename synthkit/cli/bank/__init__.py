@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import": ("import_", "make a bank of an ImageFolder, parquet, npz, pt, safetensors, WebDataset or MDS"),
     "push": ("push", "upload a sealed bank to the Hugging Face Hub"),
     "pull": ("pull", "fetch a bank from the Hub: pinned, resumable, every hash checked"),
+    "audit": ("audit", "does it hold copies of real images? A privacy audit with a plain verdict"),
     "show": ("show", "write a picture: one row per class, easy to hard"),
 }
 
