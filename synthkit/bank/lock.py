@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank.errors import BankBusyError
-from synthkit.bank.storage import clean_stale_temps, host, make_folder, pid_alive, storage_errors, temp_path
+from synthkit.bank.storage import clean_stale_temps, host, make_folder, names_in, pid_alive, storage_errors, temp_path
 from synthkit.errors import StorageError, UsageError
 
 try:
@@ -184,6 +184,8 @@ def claim(
     with storage_errors("claim", mine.path):
         if not bank.is_dir():  # never made anew: it vanished
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(bank))
+        for folder in (bank / "state", mine.path.parent):
+            names_in(folder)  # refuses a link in a stranger's bank: nothing is written outside
         make_folder(mine.path.parent)
         clean_stale_temps(mine.path.parent)
     silent: dict[Path, bytes] = {}  # claims of other machines, and what they said when they were last seen to be still

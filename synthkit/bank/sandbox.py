@@ -32,7 +32,7 @@ from typing import Any
 from synthkit.bank.confine import Limits, confine
 from synthkit.bank.errors import BankNotFoundError
 from synthkit.bank.spec import MAX_SHARDS
-from synthkit.bank.storage import parse_json
+from synthkit.bank.storage import parse_json, require_bank
 from synthkit.bank.verify import Context, Findings, VerifyReport, examine, finished
 from synthkit.errors import BankError, UsageError
 
@@ -81,7 +81,7 @@ def _disk_bytes(path: Path, depth: int = 4) -> Iterator[int]:
                 elif entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
                     yield min(status.st_size, status.st_blocks * 512)
-    except OSError:  # a folder that cannot be listed adds nothing; the child says what is wrong with it
+    except (OSError, ValueError):  # a folder that cannot be listed adds nothing; the child says what is wrong with it
         return
 
 
@@ -95,6 +95,7 @@ def verify_untrusted(path: str | Path, deep: bool = False, budget: Budget | None
     if os.name != "posix":
         raise UsageError("verify --untrusted: needs Linux or macOS", got=os.name, hint="use a container, or WSL")
     path = Path(path)
+    require_bank(path)
     budget = budget or budget_of(path)
     report = VerifyReport(path=path, deep=deep)
     run = _Run(path=path, deep=deep, budget=budget, report=report)

@@ -23,7 +23,15 @@ from typing import Any
 from synthkit.bank import card, migrate, state
 from synthkit.bank.shard import Sidecar, committed_shards, read_sidecar, shard_file
 from synthkit.bank.spec import SCHEMA, BankSpec, read_record
-from synthkit.bank.storage import canonical_hash, dump_json, publish, read_json, storage_errors, sync_folder
+from synthkit.bank.storage import (
+    canonical_hash,
+    clean_stale_temps,
+    dump_json,
+    publish,
+    read_json,
+    storage_errors,
+    sync_folder,
+)
 from synthkit.errors import BankError
 
 
@@ -61,6 +69,7 @@ def seal(path: Path, *, renew: bool = False) -> dict[str, Any]:
     data = dump_json(manifest)
     if not target.exists() or target.read_bytes() != data:
         with storage_errors("manifest", target):
+            clean_stale_temps(path)  # of a run that was killed while it sealed
             publish(path / "README.md", card.render(spec, record, sidecars, root).encode())
             publish(target, data)
             sync_folder(path)
@@ -184,7 +193,7 @@ def _checked(raw: dict[str, Any], where: Path, spec: BankSpec) -> tuple[dict[int
         raise BankError(f"{where}: must hold shards and root")
     table = {}
     for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get("shard"), int) or not isinstance(row.get("sha256"), str):
+        if not isinstance(row, dict) or type(row.get("shard")) is not int or not isinstance(row.get("sha256"), str):
             raise BankError(f"{where}: a row is malformed", got=row)
         table[row["shard"]] = row
     if sorted(table) != list(range(spec.shards)) or len(rows) != spec.shards:

@@ -333,13 +333,13 @@ def _check_entry(context: Context, folder: str, index: int, found: Findings) -> 
 
 
 def _note_strangers(context: Context, found: Findings) -> None:
-    for name in names_in(context.path):
+    for name in names_in(context.path, follow=True):
         place = context.path / name
         if os.path.islink(place):
             found.note(f"{name!r} is a link; it is never followed")
         elif name not in KNOWN_NAMES:
             found.note(f"{name!r} is no part of a bank; it is never read")
-    known = re.compile(r"[0-9]{5,7}\.(h5|json)(\.tmp-.+)?")
+    known = re.compile(r"([0-9]{5}|[1-9][0-9]{5,6})\.(h5|json)(\.tmp-.+)?")
     for name in names_in(context.path / "shards"):
         match = known.fullmatch(name)
         if not match or int(name.partition(".")[0]) >= context.spec.shards:
