@@ -298,6 +298,15 @@ class LabelSet:
         """Bytes of the committed shards."""
         return sum(s.bytes for s in self.sidecars)
 
+    @property
+    def agreement(self) -> float | None:
+        """Share of rows whose first class is the bank's label of their own image; None where that is not recorded."""
+        found = [s.raw.get("meta") for s in self.sidecars]
+        counts = [m.get("agrees_with_bank_labels") if isinstance(m, dict) else None for m in found]
+        if not counts or not all(type(c) is int for c in counts):
+            return None
+        return sum(c for c in counts if c is not None) / sum(s.n for s in self.sidecars)
+
     def __len__(self) -> int:
         return self.spec.rows
 

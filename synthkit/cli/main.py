@@ -14,6 +14,7 @@ from synthkit.errors import SynthkitError, UsageError
 COMMANDS: dict[str, str] = {
     "demo": "the main job on the embedded default: bank, student, report in a few minutes on a laptop",
     "synthesize": "make a bank of images from a trained classifier",
+    "relabel": "further labels of a bank's images, or of stored views of them, by any teacher",
     "distill": "train a student from a bank alone",
     "teach": "train a teacher on real data",
     "evaluate": "measure a model on labelled data, or its agreement with its teacher",
@@ -99,7 +100,7 @@ def help_text() -> str:
 
 def _interrupted(words: list[str]) -> str:
     text = f"synthkit {words[0] if words else ''}: interrupted; what was committed stays valid"
-    if words and words[0] in ("demo", "synthesize", "distill", "teach"):
+    if words and words[0] in ("demo", "synthesize", "relabel", "distill", "teach"):
         again = words if "--resume" in words else [*words, "--resume"]
         text += f"; go on with: synthkit {shlex.join(again)}"
     return text

@@ -39,6 +39,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "synthesize": Command(schema.SynthesizeConfig, "method", "cudfkd"),
     "distill": Command(schema.DistillConfig, "loss", "kd"),
+    "relabel": Command(schema.RelabelConfig),
     "teach": Command(schema.TeachConfig),
     "evaluate": Command(schema.EvaluateConfig),
 }

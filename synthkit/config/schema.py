@@ -71,6 +71,9 @@ class DistillConfig:
     """Weight of the cross-entropy term on the hard labels."""
     logits: Literal["auto", "live", "stored"] = "auto"
     """Teacher logits: live on the augmented image, or read from the bank; auto is live when a teacher is found."""
+    label_set: str | None = None
+    """Label set of the bank to train on (made by synthkit relabel): its logits instead of the bank's, or its stored
+    views, in stored order and without further augmentation."""
     fresh: float | None = None
     """Share of every batch drawn anew from the bank's generator snapshots (needs a live teacher); none is 0.5 where
     the bank has snapshots and the teacher is live, else 0."""
@@ -114,6 +117,41 @@ class DistillConfig:
     """Run directory; none makes runs/STUDENT-BANK-HASH."""
     resume: bool = False
     """Go on with the unfinished run in `out`."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelConfig:
+    """`synthkit relabel`: write further labels of a bank's images, or of stored views of them (FKD)."""
+
+    bank: str
+    """Bank directory; its images are not touched."""
+    name: str
+    """Name of the label set: a-z, 0-9, _ and -, at most 64."""
+    teacher: str | None = None
+    """Model spec of the teacher; none takes the one that the bank names."""
+    views: int = 0
+    """View epochs: stored views of every image; 0 labels the images as they are."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a view's crop as a share of the image (RandomResizedCrop)."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Width / height of a view's crop."""
+    flip: float = 0.5
+    """Probability that a view is mirrored."""
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    """Whether views are mixed with the view of another row."""
+    mix_alpha: float = 1.0
+    """The mixing share is drawn from Beta(alpha, alpha)."""
+    top_k: int | None = None
+    """Keep the k largest logits and the mass of the rest; none keeps all logits (fp16)."""
+    bn: Literal["eval", "batch"] = "eval"
+    """BatchNorm of the teacher: its running statistics, or those of the batch (BSSL of SRe2L++ and CV-DD)."""
+    batch_size: int = 256
+    """Rows that the teacher sees at once; with --bn batch it is part of the labels."""
+    seed: int = 0
+    """Seed of the views."""
+    resume: bool = False
+    """Go on with the unfinished label set `name`."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 

@@ -16,9 +16,11 @@ from synthkit.distillation.contract import Batch, Taps
 from synthkit.distillation.outputs import check_out, finish_run, save_network, short_hash, start_run
 from synthkit.distillation.sources import (
     BatchSource,
+    BlockShuffled,
     EasyToHard,
     GeneratorPool,
     NoiseSource,
+    Order,
     RandomOrder,
     ResidentStore,
     Store,
@@ -27,6 +29,7 @@ from synthkit.distillation.sources import (
 )
 from synthkit.distillation.task import DistillTask, check_task
 from synthkit.distillation.trainer import Objective, Trainer
+from synthkit.distillation.view_source import ViewRows, ViewSource
 from synthkit.logits import agreement_per_sample, ce_per_sample
 from synthkit.models.card import ModelCard
 from synthkit.models.view import ModelView, TeacherView
@@ -131,7 +134,7 @@ class _Job:
         flags = f" with {', '.join(task.changed)} by flag" if task.changed else ""
         for line in (
             f"distill: student {cfg.student} ({size:,} parameters, {start})",
-            f"  teacher {who}, {'live' if task.live else 'stored'} logits; loss {cfg.loss_name}; labels {cfg.labels}",
+            f"  teacher {who}, {self.targets()}; loss {cfg.loss_name}; labels {cfg.labels}",
             f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
             f"order {cfg.order}, fresh {task.fresh:g}",
             f"  protocol {task.protocol}{flags}: {task.plan.describe()}",
@@ -140,12 +143,21 @@ class _Job:
         ):
             self.runtime.say(line)
 
+    def targets(self) -> str:
+        """Where the teacher's logits come from, in words."""
+        labels = self.task.labels
+        if labels is None:
+            return f"{'live' if self.task.live else 'stored'} logits"
+        kept = "all logits" if labels.spec.top_k is None else f"top {labels.spec.top_k}"
+        return f"label set {labels.name} ({len(labels):,} {labels.kind}, {kept})"
+
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def store(self) -> Store:
         """The bank's images: one resident store for all runs, or a streamed one for each."""
         if self._store is None or not self._store.resident:
-            self._store = bank_store(self.task.bank, self.runtime.device, logits=not self.task.live)
+            stored = None if self.task.live or self.task.views else self.task.stored
+            self._store = bank_store(self.task.bank, self.runtime.device, logits=stored)
             where = "streamed from disk"
             if isinstance(self._store, ResidentStore):
                 where = f"resident on {self._store.home} ({format_bytes(self._store.nbytes)})"
@@ -158,24 +170,55 @@ class _Job:
         common: dict[str, Any] = {
             "rank": self.runtime.rank,
             "world": self.runtime.world,
-            "policy": plan.augment,
+            "policy": task.control_augment if control else plan.augment,
             "seed": seed,
             "device": self.runtime.device,
         }
         if control and task.control_data is None:
-            steps = len(task.train) // plan.batch_size
+            steps = task.steps_per_epoch
             return NoiseSource(task.bank.shape, plan.batch_size, steps, **common)
         if control and task.control_data is not None:
             real = task.control_data
             store = ResidentStore(real.images, real.labels, None, self.runtime.device)
             return StoreSource(store, RandomOrder(np.arange(len(real)), seed), plan.batch_size, **common)
-        order: RandomOrder | EasyToHard = RandomOrder(task.train, seed)
+        if task.views:
+            return self.view_source()
+        store = self.store()
+        order: Order = RandomOrder(task.train, seed)
+        if not store.resident and not task.bank.fits_memory:
+            order = BlockShuffled(task.bank, task.train, seed)
         if self.cfg.order == "easy2hard":
-            steps = len(task.train) // plan.batch_size
+            steps = task.steps_per_epoch
             epochs = -(-plan.total_steps(steps) // steps)
             order = EasyToHard(task.train, task.bank.column("difficulty"), seed, epochs)
         pool = GeneratorPool(task.bank, self.runtime.device) if task.fresh > 0 else None
-        return StoreSource(self.store(), order, plan.batch_size, fresh=task.fresh, pool=pool, **common)
+        return StoreSource(store, order, plan.batch_size, fresh=task.fresh, pool=pool, **common)
+
+    def view_source(self) -> ViewSource:
+        """Stored views, without those that show a held-out image."""
+        task, plan = self.task, self.task.plan
+        assert task.labels is not None
+        held = np.zeros(task.labels.spec.images, bool)
+        held[task.held] = True
+        rows = ViewRows(task.labels, held)
+        source = ViewSource(
+            task.labels,
+            self.store(),
+            rows,
+            plan.batch_size,
+            images=len(task.train),
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            device=self.runtime.device,
+        )
+        needed = plan.total_steps(source.steps_per_epoch) * plan.batch_size
+        left = len(task.labels) - len(rows)
+        if left:
+            self.runtime.say(f"  note: {left:,} of {len(task.labels):,} views show a held-out image and are left out")
+        if needed > len(rows):
+            stored = f"{len(rows):,} are stored: they are read {needed / len(rows):.1f} times"
+            self.runtime.say(f"  note: {needed:,} views are needed, {stored}")
+        return source
 
     def objective(self, control: bool) -> Objective:
         """The loss of one batch: the distillation loss plus the cross-entropy on hard labels where asked for."""
@@ -214,8 +257,8 @@ class _Job:
 
         task = self.task
         figures: dict[str, Any] = {}
-        if len(task.held):
-            found = evaluate_fidelity(view, task.bank, teacher=task.teacher, indices=task.held)
+        if len(task.held) and (task.teacher is not None or task.stored is not None):
+            found = evaluate_fidelity(view, task.bank, teacher=task.teacher, indices=task.held, stored=task.stored)
             figures = {"holdout_agreement": found["agreement"], "holdout_kl": found["kl"]}
         if task.eval_data is None:
             return figures
@@ -242,7 +285,7 @@ class _Job:
         source = self.source(seed, control)
         plan = task.plan
         if control:  # the same number of steps, however many images there are
-            plan = replace(plan, epochs=None, steps=plan.total_steps(len(task.train) // plan.batch_size))
+            plan = replace(plan, epochs=None, steps=plan.total_steps(task.steps_per_epoch))
         facts = {"protocol": task.protocol, "plan": plan.to_dict(), "changed": task.changed, "notes": task.notes}
         run = start_run(path, own, self.runtime, command="distill", seed=seed, world=self.runtime.world, **facts)
         name = f"control {cfg.control.split(':')[0]}" if control else f"distill {loaded.card.arch} seed {seed}"
@@ -291,6 +334,7 @@ class _Job:
             "protocol": task.protocol,
             "images": images,
             "fresh": 0.0 if control else task.fresh,
+            **({"label_set": cfg.label_set} if cfg.label_set is not None and not control else {}),
             "holdout_images": len(task.held),
             "eval_data": cfg.eval_data,
         }

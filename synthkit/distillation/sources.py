@@ -8,14 +8,15 @@ each rank takes its slice of the same global batch, so one process and several t
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from synthkit.bank.order import BlockOrder
 from synthkit.data.augment import augment, check_policy
 from synthkit.distillation.contract import Batch
+from synthkit.distillation.stores import ResidentStore, Store, StreamedStore, bank_store, free_memory
 from synthkit.errors import BankError, ConfigError, DataError, RequirementError
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
     from synthkit.bank import Bank
 
-RESIDENT_SHARE = 0.4  # of the free memory of the device
+__all__ = [
+    "BatchSource", "BlockShuffled", "EasyToHard", "GeneratorPool", "NoiseSource", "Order", "RandomOrder",
+    "ResidentStore", "Store", "StoreSource", "StreamedStore", "bank_store", "free_memory",
+    "split_holdout", "stream_seed", "torch_generator",
+]  # fmt: skip
+
 _STREAMS = {"order": 1, "augment": 2, "fresh": 3, "noise": 4, "holdout": 5, "weights": 6, "dropout": 7, "subset": 8}
 
 
@@ -95,116 +101,38 @@ class EasyToHard:
         return np.concatenate(passes)[:n]
 
 
-# --- stores -----------------------------------------------------------------------------------------------------------
+class BlockShuffled:
+    """For banks that are read from disk: blocks of neighbouring images in random order, shuffled inside windows.
+
+    How far this is from uniform is said in bank/order.py; with independent images nothing is lost.
+    """
+
+    def __init__(self, bank: Bank, indices: np.ndarray, seed: int):
+        self.bank, self.indices, self.seed = bank, indices, seed
+        self._kept = np.zeros(len(bank), bool)
+        self._kept[indices] = True
+        self._order: BlockOrder | None = None
+
+    def order(self, epoch: int) -> BlockOrder:
+        """The order of all images of the bank, held out or not."""
+        if self._order is None or self._order.epoch != epoch:
+            seed = stream_seed(self.seed, "order", epoch)
+            self._order = BlockOrder(n=len(self.bank), seed=seed, epoch=epoch, block=self.bank.block_rows)
+        return self._order
+
+    def epoch(self, epoch: int) -> np.ndarray:
+        """(n,) indices in the order of this epoch."""
+        order = self.order(epoch).part(0, len(self.bank))
+        return order[self._kept[order]]
+
+    def ahead(self, epoch: int, share: float) -> tuple[int, np.ndarray]:
+        """(window, its images as they lie on the disk) of the window after the one at `share` of the epoch."""
+        order = self.order(epoch)
+        window = order.window_at(min(int(share * len(self.bank)), len(self.bank) - 1)) + 1
+        return window, order.blocks_of(window) if window < order.windows else np.zeros(0, np.int64)
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device (system memory for the CPU)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-class Store(Protocol):
-    """Images by index, on the device."""
-
-    resident: bool
-    nbytes: int
-
-    def gather(self, index: np.ndarray) -> Batch: ...
-    def announce(self, index: np.ndarray) -> None: ...
-    def close(self) -> None: ...
-
-
-class ResidentStore:
-    """The whole set as one uint8 tensor on the device (in main memory when the device has no room for it)."""
-
-    resident = True
-
-    def __init__(self, images: Tensor, labels: Tensor | None, logits: Tensor | None, device: torch.device):
-        self.nbytes = images.nbytes + (0 if logits is None else logits.nbytes)
-        self.device = device
-        self.home = device if self.nbytes <= RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
-        self.images = images.to(self.home)
-        self.labels = None if labels is None else labels.to(self.home, torch.int64)
-        self.logits = None if logits is None else logits.to(self.home)
-
-    @classmethod
-    def from_bank(cls, bank: Bank, device: torch.device, *, logits: bool) -> ResidentStore:
-        """Read a bank whole, in pieces of 4,096 images."""
-        n = len(bank)
-        images = torch.empty((n, *bank.shape), dtype=torch.uint8)
-        for at in range(0, n, 4096):
-            part = np.arange(at, min(at + 4096, n))
-            images[at : at + len(part)] = torch.from_numpy(np.ascontiguousarray(bank.batch(part).images))
-        labels = torch.from_numpy(np.asarray(bank.column("labels")).astype(np.int64)) if bank.has("labels") else None
-        stored = torch.from_numpy(np.array(bank.column("logits"))) if logits else None
-        return cls(images, labels, stored, device)
-
-    def gather(self, index: np.ndarray) -> Batch:
-        at = torch.from_numpy(index).to(self.home)
-        return Batch(
-            images=self.images.index_select(0, at).to(self.device),
-            labels=None if self.labels is None else self.labels.index_select(0, at).to(self.device),
-            logits=None if self.logits is None else self.logits.index_select(0, at).to(self.device).float(),
-        )
-
-    def announce(self, index: np.ndarray) -> None:
-        """Nothing to do: everything is here."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class StreamedStore:
-    """A bank too large for the device: the next batch is read by a thread while the present one is trained on."""
-
-    resident = False
-
-    def __init__(self, bank: Bank, device: torch.device, *, logits: bool):
-        self.bank, self.device, self.with_logits = bank, device, logits
-        self.nbytes = 0
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="bank-prefetch")
-        self._next: tuple[bytes, Future] | None = None
-
-    def _read(self, index: np.ndarray) -> Batch:
-        found = self.bank.batch(index)
-        images = torch.from_numpy(np.ascontiguousarray(found.images))
-        labels = None if found.labels is None else torch.from_numpy(np.asarray(found.labels).astype(np.int64))
-        logits = torch.from_numpy(np.array(found.logits)) if self.with_logits else None
-        if self.device.type == "cuda":
-            images = images.pin_memory()
-        return Batch(images=images, labels=labels, logits=logits)
-
-    def gather(self, index: np.ndarray) -> Batch:
-        if self._next is not None and self._next[0] == index.tobytes():
-            found = self._next[1].result()
-        else:
-            found = self._read(index)
-        return Batch(
-            images=found.images.to(self.device, non_blocking=True),
-            labels=None if found.labels is None else found.labels.to(self.device, non_blocking=True),
-            logits=None if found.logits is None else found.logits.to(self.device, non_blocking=True).float(),
-        )
-
-    def announce(self, index: np.ndarray) -> None:
-        """Start reading the batch that will be asked for next."""
-        self._next = (index.tobytes(), self._pool.submit(self._read, index))
-
-    def close(self) -> None:
-        """Stop the reading thread."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def bank_store(bank: Bank, device: torch.device, *, logits: bool) -> Store:
-    """The bank resident on the device when it takes at most `RESIDENT_SHARE` of the free memory, else streamed."""
-    pixels = math.prod(bank.shape)
-    needed = len(bank) * (pixels + (2 * bank.num_classes if logits else 0))
-    if needed <= RESIDENT_SHARE * free_memory(device):
-        return ResidentStore.from_bank(bank, device, logits=logits)
-    return StreamedStore(bank, device, logits=logits)
+Order = RandomOrder | EasyToHard | BlockShuffled
 
 
 # --- fresh images -----------------------------------------------------------------------------------------------------
@@ -287,7 +215,7 @@ class _Sliced:
             images = augment(images, self.policy, torch_generator(self.seed, "augment", step))
         images = images[self.slice]
         return Batch(
-            images=images.float().div_(255) if images.dtype == torch.uint8 else images.contiguous(),
+            images=images.float().div_(255) if images.dtype == torch.uint8 else images.float().contiguous(),
             labels=None if batch.labels is None else batch.labels[self.slice],
             logits=None if batch.logits is None else batch.logits[self.slice],
         )
@@ -299,7 +227,7 @@ class StoreSource(_Sliced):
     def __init__(
         self,
         store: Store,
-        order: RandomOrder | EasyToHard,
+        order: Order,
         batch_size: int,
         *,
         rank: int = 0,
@@ -321,6 +249,7 @@ class StoreSource(_Sliced):
         self.fresh = round(fresh * batch_size) if pool is not None else 0
         self.steps_per_epoch = len(order.indices) // batch_size  # the last partial batch is dropped
         self._epoch: tuple[int, np.ndarray] | None = None
+        self._window: tuple[int, int] | None = None
 
     def indices(self, step: int) -> np.ndarray:
         """Indices of the stored part of the global batch of `step`."""
@@ -333,10 +262,22 @@ class StoreSource(_Sliced):
     def batch(self, step: int) -> Batch:
         found = self.store.gather(self.indices(step))
         self.store.announce(self.indices(step + 1))
+        self._load_window(step)
         if self.fresh and self.pool is not None:
             anew = self.pool.images(self.fresh, self.seed, step)
-            found = Batch(images=torch.cat([found.images.float().div_(255), anew]))
+            stored = found.images.float().div_(255) if found.images.dtype == torch.uint8 else found.images.float()
+            found = Batch(images=torch.cat([stored, anew]))
         return self.finish(found, step)
+
+    def _load_window(self, step: int) -> None:
+        """In block order: have the disk load the next window while this one is used."""
+        if not isinstance(self.order, BlockShuffled):
+            return
+        epoch, position = divmod(step, self.steps_per_epoch)
+        window, images = self.order.ahead(epoch, position / self.steps_per_epoch)
+        if self._window != (epoch, window):
+            self._window = (epoch, window)
+            self.store.load_ahead(images)
 
     def close(self) -> None:
         self.store.close()

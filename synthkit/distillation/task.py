@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from synthkit.bank import Bank
+from synthkit.bank import Bank, LabelSet
+from synthkit.bank.stored import StoredLogits, has_logits, pixel_column
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data
@@ -45,6 +47,8 @@ class DistillTask:
     """None when the logits stored in the bank are used and no teacher is at hand."""
     teacher_facts: dict[str, Any]
     """Spec, architecture, sha256 and licence of the teacher, as cards and results name it."""
+    labels: LabelSet | None = None
+    """The label set that is trained on."""
     live: bool
     """Whether teacher logits are computed on the augmented image (else the stored ones are read)."""
     fresh: float
@@ -55,8 +59,27 @@ class DistillTask:
     """Indices of the held-out images."""
     eval_data: RealData | None
     control_data: RealData | None
+    control_augment: str = "none"
+    """Augmentation of a control (stored views are the augmentation of the student itself)."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before the start."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of a pass over the training images."""
+        return max(1, len(self.train) // self.plan.batch_size)
+
+    @property
+    def views(self) -> bool:
+        """Whether the student is trained on stored views."""
+        return self.labels is not None and self.labels.kind == "views"
+
+    @property
+    def stored(self) -> StoredLogits | None:
+        """Stored logits of the images as they are; None where there are none."""
+        if self.labels is not None and not self.views:
+            return StoredLogits(self.labels)
+        return StoredLogits(self.bank) if has_logits(self.bank) else None
 
     def student(self, seed: int) -> tuple[LoadedModel, ModelView]:
         """The student of one seed: fresh weights for a name, the file's weights otherwise."""
@@ -76,17 +99,18 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     loss = _loss(cfg)
     protocol, plan, changed = distill_plan(cfg, bank.shape)
     check_policy(plan.augment)
+    pixel_column(bank)
     if cfg.seeds < 1:
         raise ConfigError("seeds must be at least 1", got=cfg.seeds)
     train, held = split_holdout(len(bank), cfg.holdout, cfg.seed)
-    if plan.batch_size > len(train):
-        raise ConfigError(
-            f"batch_size {plan.batch_size} is more than the {len(train)} training images of the bank",
-            hint=f"use --batch_size {max(2, len(train))} or less",
-        )
     notes: list[str] = []
-    teacher, facts = _teacher(cfg, bank, notes)
-    live = _check_logits(cfg, bank, teacher, plan, notes)
+    labels = _label_set(cfg, bank, notes)
+    control_augment = plan.augment
+    if labels is not None and labels.kind == "views":
+        plan = dataclasses.replace(plan, augment="none")  # the views are the augmentation
+    plan = _fit_batch(cfg, plan, labels, len(train), notes)
+    teacher, facts = _teacher(cfg, bank, labels, notes)
+    live = _check_logits(cfg, bank, labels, teacher, plan, notes)
     _check_labels(cfg, bank, loss, live)
     fresh = _fresh_share(cfg, bank, live)
     if cfg.order == "easy2hard" and not bank.has("difficulty"):
@@ -107,12 +131,14 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         changed=changed,
         teacher=teacher,
         teacher_facts=facts,
+        labels=labels,
         live=live,
         fresh=fresh,
         train=train,
         held=held,
         eval_data=_eval_data(cfg, bank, notes),
         control_data=_control_data(cfg, bank, teacher, plan, len(train)),
+        control_augment=control_augment,
         notes=notes,
     )
 
@@ -133,11 +159,78 @@ def _loss(cfg: DistillConfig) -> DistillationLoss:
     return kind(config)
 
 
-def _teacher(cfg: DistillConfig, bank: Bank, notes: list[str]) -> tuple[TeacherView | None, dict[str, Any]]:
-    """The teacher given, else the one that the bank names; None when only stored logits are left."""
-    named = dict(bank.spec.teacher)
+def _label_set(cfg: DistillConfig, bank: Bank, notes: list[str]) -> LabelSet | None:
+    """The label set to train on, checked; None where the bank's own labels are used."""
+    if cfg.label_set is None:
+        return None
+    labels = bank.labels(cfg.label_set)
+    if not labels.complete:
+        raise DataError(
+            f"label set {labels.name!r} is unfinished: {len(labels.sidecars)} of {labels.spec.shards} shards",
+            hint="go on with the same synthkit relabel command and --resume",
+        )
+    if cfg.logits == "live":
+        raise ConfigError("logits live: a label set holds stored logits", hint="leave --logits or --label_set out")
+    if cfg.fresh:
+        raise ConfigError("fresh images have no stored logits", got=cfg.fresh, hint="leave --fresh or --label_set out")
+    if not bank.complete:
+        raise DataError(f"bank {cfg.bank} is unfinished, its label set is not", hint="run synthkit bank verify")
+    if labels.kind == "images":
+        return labels
+    if cfg.augment not in (None, "none"):
+        raise ConfigError(
+            f"augment: label set {labels.name!r} holds views, which are the augmentation (the teacher saw them so)",
+            got=cfg.augment,
+            hint="leave --augment out, or use a label set of the images",
+        )
+    if cfg.order != "random":
+        raise ConfigError("order: views are read in stored order", got=cfg.order, hint="leave --order out")
+    height, width = bank.shape[1:]
+    if labels.spec.size != (height, width):
+        raise DataError(f"label set {labels.name!r} holds views of {labels.spec.size}, the student takes {height}")
+    mix = (labels.spec.policy.get("views") or {}).get("mix")
+    if cfg.labels == "stored" and mix:
+        notes.append("labels stored: a mixed view has the label of its own image; the other one is not counted")
+    return labels
+
+
+def _fit_batch(cfg: DistillConfig, plan: Plan, labels: LabelSet | None, images: int, notes: list[str]) -> Plan:
+    """The plan with a batch that the training images can fill: a tiny bank (IPC 1) is one batch, as in the papers."""
+    if plan.batch_size <= images:
+        return plan
+    if cfg.batch_size is not None and labels is not None and labels.kind == "views":
+        return plan  # views are many: a batch may hold several of one image
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    size = images // world * world
+    if size < 2:
+        raise ConfigError(
+            f"the {images} training images of the bank are fewer than a batch of {world} processes needs",
+            hint="use fewer processes, or --holdout 0",
+        )
+    notes.append(f"batch_size {plan.batch_size} is more than the {images} training images: every step takes {size}")
+    return dataclasses.replace(plan, batch_size=size)
+
+
+def teacher_facts(spec: str, loaded: LoadedModel) -> dict[str, Any]:
+    """Spec, architecture, sha256, accuracy and licence of a teacher, as cards, results and label sets name it."""
+    card = loaded.card
+    facts = {
+        "spec": str(Path(spec).resolve()) if Path(spec).exists() else spec,
+        "arch": card.arch,
+        "sha256": loaded.sha256,
+        "accuracy": card.accuracy,
+        "licence": card.licence,
+    }
+    return {k: v for k, v in facts.items() if v is not None}
+
+
+def _teacher(
+    cfg: DistillConfig, bank: Bank, labels: LabelSet | None, notes: list[str]
+) -> tuple[TeacherView | None, dict[str, Any]]:
+    """The teacher given, else the one that the labels or the bank name; None when only stored logits are left."""
+    named = dict(bank.spec.teacher) if labels is None else dict(labels.spec.teacher)
     spec = cfg.teacher or named.get("spec")
-    stored = bank.has("logits")
+    stored = has_logits(bank) or labels is not None
     if cfg.teacher is None and cfg.logits == "stored" and not cfg.fresh and cfg.control == "none":
         return None, named
     if spec is None:
@@ -153,26 +246,20 @@ def _teacher(cfg: DistillConfig, bank: Bank, notes: list[str]) -> tuple[TeacherV
             raise
         if not stored:
             raise RequirementError(
-                f"the bank's teacher {spec!r} cannot be loaded ({error}) and no logits are stored",
+                f"the teacher {spec!r} cannot be loaded ({error}) and no logits are stored",
                 hint="give --teacher, a model spec",
             ) from error
-        notes.append(f"the bank's teacher {spec!r} is not here ({error}); its stored logits are used")
+        notes.append(f"the teacher {spec!r} is not here ({error}); its stored logits are used")
         return None, named
-    _check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
     if named.get("sha256") and loaded.sha256 and loaded.sha256 != named["sha256"]:
-        notes.append("the teacher is another file than the one that the bank was made with")
-    card = loaded.card
-    facts = {
-        "spec": str(Path(spec).resolve()) if Path(spec).exists() else spec,
-        "arch": card.arch,
-        "sha256": loaded.sha256,
-        "accuracy": card.accuracy,
-        "licence": card.licence,
-    }
-    return TeacherView.from_loaded(loaded), {k: v for k, v in facts.items() if v is not None}
+        made = "the bank was made with" if labels is None else f"made label set {labels.name!r}"
+        notes.append(f"the teacher is another file than the one that {made}")
+    return TeacherView.from_loaded(loaded), teacher_facts(spec, loaded)
 
 
-def _check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, ...]) -> None:
+def check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, ...]) -> None:
+    """Raise `ModelError` unless a model of `classes` and input `size` (C, H, W) fits the bank."""
     if classes != bank.num_classes:
         raise ModelError(
             f"{what} {spec!r} has {classes} classes, the bank {bank.path} has {bank.num_classes}",
@@ -185,12 +272,17 @@ def _check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int,
         )
 
 
-def _check_logits(cfg: DistillConfig, bank: Bank, teacher: TeacherView | None, plan: Plan, notes: list[str]) -> bool:
-    if cfg.logits == "stored" and not bank.has("logits"):
-        raise RequirementError(f"logits stored: bank {cfg.bank} has none", hint="use --logits live with a teacher")
+def _check_logits(
+    cfg: DistillConfig, bank: Bank, labels: LabelSet | None, teacher: TeacherView | None, plan: Plan, notes: list[str]
+) -> bool:
+    if cfg.logits == "stored" and labels is None and not has_logits(bank):
+        raise RequirementError(
+            f"logits stored: bank {cfg.bank} has none",
+            hint="use --logits live with a teacher, or make some: synthkit relabel",
+        )
     if cfg.logits == "live" and teacher is None:
         raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
-    live = teacher is not None and cfg.logits != "stored"
+    live = teacher is not None and cfg.logits != "stored" and labels is None
     if not live and plan.augment != "none":
         notes.append(
             f"stored logits belong to the images as they are, but augment is {plan.augment}: the student is told the "
@@ -261,7 +353,7 @@ def load_student(cfg: DistillConfig, bank: Bank, seed: int) -> tuple[LoadedModel
 
 def _check_student(cfg: DistillConfig, bank: Bank) -> None:
     loaded, view = load_student(cfg, bank, cfg.seed)
-    _check_fits("student", cfg.student, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    check_fits("student", cfg.student, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
     loaded.module.eval()
     try:
         with torch.no_grad():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from synthkit.bank.stored import StoredLogits, has_logits, pixel_column
 from synthkit.errors import DataError
 from synthkit.evaluation.metrics import check_teacher, device_of, evaluating, unique_names
 from synthkit.logits import entropy_per_sample, kl_per_sample
@@ -32,6 +33,7 @@ def evaluate_fidelity(
     *,
     teacher: ModelView | None = None,
     indices: np.ndarray | None = None,
+    stored: StoredLogits | None = None,
     batch_size: int = 500,
     runtime: Runtime | None = None,
 ) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def evaluate_fidelity(
         bank: source of the images.
         teacher: none takes the logits that the bank stores.
         indices: rows to use; none takes the whole bank.
+        stored: where stored logits are read; none takes the bank's own.
 
     Returns:
         JSON-able values: `what` (always "agreement on synthetic bank (no real labels)"), `n`, `agreement` (share of
@@ -52,7 +55,7 @@ def evaluate_fidelity(
     Raises:
         DataError: nothing to compare with, or classes or image sizes differ.
     """
-    _check(student, bank, teacher)
+    _check(student, bank, teacher, stored)
     rows = np.arange(len(bank)) if indices is None else np.asarray(indices)
     if len(rows) == 0:
         raise DataError(
@@ -60,7 +63,8 @@ def evaluate_fidelity(
         )
     parts: list[tuple[Tensor, ...]] = []
     with evaluating(student, teacher):
-        for ours, theirs in _logits(student, bank, teacher, rows, batch_size, runtime):
+        source = teacher or stored or StoredLogits(bank)
+        for ours, theirs in _logits(student, bank, source, rows, batch_size, runtime):
             best = (ours.argmax(1), theirs.argmax(1))
             parts.append((*best, kl_per_sample(ours, theirs), entropy_per_sample(theirs)))
     predicted, expected, kl, entropy = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
@@ -69,10 +73,10 @@ def evaluate_fidelity(
     }
 
 
-def _check(student: ModelView, bank: Bank, teacher: ModelView | None) -> None:
+def _check(student: ModelView, bank: Bank, teacher: ModelView | None, stored: StoredLogits | None) -> None:
     if teacher is not None:
         check_teacher(student, teacher)
-    elif not bank.has("logits"):
+    elif stored is None and not has_logits(bank):
         raise DataError(f"bank {bank.path}: stores no teacher logits", hint="name the teacher: --teacher SPEC")
     if bank.num_classes != student.num_classes:
         raise DataError(
@@ -88,7 +92,7 @@ def _check(student: ModelView, bank: Bank, teacher: ModelView | None) -> None:
 def _logits(
     student: ModelView,
     bank: Bank,
-    teacher: ModelView | None,
+    teacher: ModelView | StoredLogits,
     rows: np.ndarray,
     batch_size: int,
     runtime: Runtime | None,
@@ -96,13 +100,14 @@ def _logits(
     """Batches of float64 (student, teacher) logits."""
     device = device_of(student)
     autocast = runtime.autocast if runtime is not None else contextlib.nullcontext
-    columns = ["images"] if teacher is not None else ["images", "logits"]
+    column = pixel_column(bank)
     for start in range(0, len(rows), batch_size):
-        batch = bank.batch(rows[start : start + batch_size], columns)
-        images = torch.from_numpy(np.ascontiguousarray(batch.images)).to(device)
+        at = rows[start : start + batch_size]
+        images = torch.from_numpy(np.ascontiguousarray(getattr(bank.batch(at, [column]), column))).to(device)
+        images = images if images.dtype == torch.uint8 else images.float()
         with autocast():
             ours = student(images)
-            theirs = torch.from_numpy(np.asarray(batch.logits)).to(device) if teacher is None else teacher(images)
+            theirs = teacher.read(at).to(device).dense() if isinstance(teacher, StoredLogits) else teacher(images)
         yield ours.double(), theirs.double()
 
 

@@ -237,7 +237,6 @@ BAD = [
     ({"loss": {"temprature": 2.0}}, ConfigError, "did you mean 'temperature'"),
     ({"protocol": "mnst"}, ConfigError, "did you mean 'mnist'"),
     ({"augment": "crop_flp"}, ConfigError, "did you mean 'crop_flip'"),
-    ({"batch_size": 4000}, ConfigError, "182 training images"),
     ({"epochs": 0}, ConfigError, "epochs"),
     ({"seeds": 0}, ConfigError, "seeds"),
     ({"holdout": 1.0}, ConfigError, "holdout"),
@@ -257,6 +256,13 @@ def test_wrong_input_is_refused_and_nothing_is_written(config, changes, error, m
     with pytest.raises(error, match=message):
         distill(cfg)
     assert not Path(cfg.out or "").exists()
+
+
+def test_a_batch_larger_than_the_bank_is_the_whole_bank(config, capfd):
+    result = distill(config(batch_size=4000))
+    assert "batch_size 4000 is more than the 182 training images: every step takes 182" in capfd.readouterr().err
+    assert result.metrics["steps"] == 2
+    assert json.loads((Path(config().out) / "run.json").read_text())["plan"]["batch_size"] == 182
 
 
 def test_a_bare_bank_says_what_it_lacks(config, workshop):

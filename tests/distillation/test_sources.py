@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from synthkit.bank import Bank
-from synthkit.distillation import sources
+from synthkit.bank.stored import StoredLogits
+from synthkit.distillation import sources, stores
 from synthkit.distillation.sources import (
     EasyToHard,
     GeneratorPool,
@@ -102,8 +103,8 @@ def test_easy_to_hard_grows():
 def test_streamed_equals_resident(workshop):
     bank = Bank(workshop.bank)
     order = RandomOrder(np.arange(len(bank)), 2)
-    resident = StoreSource(ResidentStore.from_bank(bank, CPU, logits=True), order, 16, device=CPU)
-    streamed = StoreSource(StreamedStore(bank, CPU, logits=True), order, 16, device=CPU)
+    resident = StoreSource(ResidentStore.from_bank(bank, CPU, logits=StoredLogits(bank)), order, 16, device=CPU)
+    streamed = StoreSource(StreamedStore(bank, CPU, logits=StoredLogits(bank)), order, 16, device=CPU)
     for step in (0, 1, 2, 11, 12, 5):  # over an epoch's end, and a jump that the prefetch did not foresee
         a, b = resident.batch(step), streamed.batch(step)
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
@@ -113,9 +114,9 @@ def test_streamed_equals_resident(workshop):
 
 def test_a_bank_that_does_not_fit_is_streamed(workshop, monkeypatch):
     bank = Bank(workshop.bank)
-    assert bank_store(bank, CPU, logits=False).resident
-    monkeypatch.setattr(sources, "free_memory", lambda device: len(bank) * 1024)
-    store = bank_store(bank, CPU, logits=False)
+    assert bank_store(bank, CPU, logits=None).resident
+    monkeypatch.setattr(stores, "free_memory", lambda device: len(bank) * 1024)
+    store = bank_store(bank, CPU, logits=None)
     assert not store.resident
     store.close()
 
@@ -139,7 +140,7 @@ def test_fresh_share_of_a_batch(generator_bank):
     assert len(pool.networks) == 2
     order = RandomOrder(np.arange(100), 3)
     options = {"policy": "none", "seed": 3, "device": CPU, "fresh": 0.25, "pool": pool}
-    source = StoreSource(ResidentStore.from_bank(generator_bank, CPU, logits=False), order, 16, **options)
+    source = StoreSource(ResidentStore.from_bank(generator_bank, CPU, logits=None), order, 16, **options)
     images = source.batch(2).images
     stored = torch.from_numpy(generator_bank.batch(source.indices(2)).images).float() / 255
     assert images.shape == (16, 1, 32, 32) and source.steps_per_epoch == 6
