@@ -120,8 +120,9 @@ def _space(
 
     Returns:
         `features`; `bank` and `reference` distances to the nearest training image (quantiles); `threshold` and
-        `ratio_threshold`; `near` ({"count" without exact copies, "expected" by chance, "limit" at 99.9 %, "found"});
-        `membership` ({"auc", "low", "high", "n", "real"} or None); `closest` [[row, training row, distance]].
+        `ratio_threshold`; `near` ({"count" without exact copies, "reference": the same among the reference images,
+        "expected" and "limit" (99.9 %) of chance, "found"}); `membership` ({"auc", "low", "high", "n", "real"} or
+        None); `closest` [[row, training row, distance, near]].
     """
     base, queries = features(source, real), features(source, made, rows)
     to_train = nearest(base, queries, k=OTHERS + 1)
@@ -138,7 +139,8 @@ def _space(
     near = (to_train.distances[:, 0] < threshold) & (_ratio(to_train) < ratio_threshold)
     near &= ~np.isin(rows, copied.rows)
     n, m = len(rows), len(gap)
-    limit_count = chance_limit(n, m, place)
+    usual = int(((gap < threshold) & (ratio < ratio_threshold)).sum())  # hold-out images that meet both conditions
+    limit_count = chance_limit(n, m, usual + 1)
     order = np.lexsort((to_train.distances[:, 0], ~near))[:LISTED]  # near ones first
     listed = zip(rows[order], to_train.indices[order, 0], to_train.distances[order, 0], near[order], strict=True)
     closest = [[int(row), int(other), float(distance), bool(flag)] for row, other, distance, flag in listed]
@@ -147,7 +149,7 @@ def _space(
         "features": source.record(), "bank": _quantiles(to_train.distances[:, 0]), "reference": _quantiles(gap),
         "reference_is": "hold-out images" if held else "training images among themselves",
         "reference_images": m, "threshold": threshold, "ratio_threshold": ratio_threshold,
-        "near": {"count": int(near.sum()), "expected": n * place / (m + 1), "limit": limit_count,
+        "near": {"count": int(near.sum()), "reference": usual, "expected": n * usual / m, "limit": limit_count,
                  "found": int(near.sum()) > limit_count},
         "membership": member, "closest": closest,
     }  # fmt: skip
@@ -177,7 +179,8 @@ def chance_limit(n: int, m: int, place: int, level: float = LEVEL) -> int:
     """The count that chance exceeds with probability 1 - level at most.
 
     How many of `n` values fall below the `place`-th smallest of `m` values from the same distribution: whatever that
-    distribution is, the count is beta-binomial with n trials and parameters (place, m + 1 - place).
+    distribution is, the count is beta-binomial with n trials and parameters (place, m + 1 - place). For a region that
+    holds c of the m values, place is c + 1.
     """
     a, b = place, m + 1 - place
 

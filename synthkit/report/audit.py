@@ -24,7 +24,7 @@ _QUANTILES = (("min", "nearest"), ("p01", "1 %"), ("p10", "10 %"), ("median", "m
 def audit_lines(result: dict[str, Any]) -> list[str]:
     """The result as plain lines."""
     bank, train, held = result["bank"], result["train"], result["holdout"]
-    lines = [f"{bank['path']}: {bank['images']:,} images. {bank['origin']}", "", f"  {result['verdict']['text']}", "",
+    lines = [f"{bank['path']}: {bank['images']:,} images. Its record says: {bank['origin']}", "", f"  {result['verdict']['text']}", "",
              f"  training    {train['images']:,} images of {train['name']} ({train['split']})",
              f"  hold-out    {_holdout(held)}", f"  copies      {_copies(result['copies'])}"]  # fmt: skip
     for space in result["spaces"]:
@@ -54,7 +54,8 @@ def _space_rows(result: dict[str, Any], space: dict[str, Any]) -> list[tuple[str
          f"{quantiles(space['reference'])}"),
         ("near", f"{near['count']:,} of {result['bank']['compared']:,} below {space['threshold']:.4g} and below "
          f"{space['ratio_threshold']:.3g} of the distance to the next ones (the reference's {result['percentile']:g} % "
-         f"each); by chance up to {near['expected']:.0f}, rarely above {near['limit']:,}"),
+         f"each); {near['reference']:,} of the reference are, so chance gives about {near['expected']:.1f}, rarely "
+         f"above {near['limit']:,}"),
     ]  # fmt: skip
     if member is not None:
         interval = f"95 % interval {member['low']:.4f} to {member['high']:.4f}"
@@ -95,7 +96,7 @@ def audit_page(result: dict[str, Any], picture: bytes) -> bytes:
     bank, train, held = result["bank"], result["train"], result["holdout"]
     heading = f"Privacy audit of {clean(bank['path'], 120)}"
     rows: list[tuple[str, object]] = [
-        ("bank", f"{bank['images']:,} images. {bank['origin']}"),
+        ("bank", f"{bank['images']:,} images. Its record says: {bank['origin']}"),
         ("training images", f"{train['images']:,} of {train['name']} ({train['split']})"),
         ("hold-out", _holdout(held)), ("copies", _copies(result["copies"])),
     ]  # fmt: skip
