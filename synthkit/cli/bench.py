@@ -7,8 +7,11 @@ import importlib
 from synthkit.errors import UsageError
 
 BENCHES = {
+    "bank": "random-batch images/s of a bank, a memory map, ImageFolder, WebDataset and MDS",
+    "million": "a bank of a million images written, verified and read at random within 2 GiB of memory",
     "steps": "CPU seconds of CuDFKD's generator and KD step against the bare networks",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
+    "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
     "mixture": "which share of freshly generated images trains the best student from a bank",
     "pipeline": "synthesize and distill a recipe over seeds, with the noise control; one result JSON",
 }
