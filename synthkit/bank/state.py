@@ -145,10 +145,15 @@ def newest_state(folder: Path, limit: int) -> tuple[int, dict[str, np.ndarray], 
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` entries (record first, so that no record outlives its arrays)."""
+    """Remove all but the newest `keep` entries (record first, so that no record outlives its arrays).
+
+    Arrays without a record, of an entry older than those, go too: a run was killed between the two steps.
+    """
     if keep < 1:
         raise UsageError("prune_states: keep must be at least 1", got=keep)
-    for index in entries(folder)[:-keep]:
+    kept = entries(folder)[-keep:]
+    found = (re.fullmatch(r"([0-9]{5,12})\.(json|safetensors)", name) for name in names_in(folder))
+    for index in sorted({int(m[1]) for m in found if m and kept and int(m[1]) < kept[0]}):
         with storage_errors("state", folder):
             path = entry_path(folder, index)
             path.with_suffix(".json").unlink(missing_ok=True)
