@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.bank import order, state
+from synthkit.bank.card import REAL_LABEL
 from synthkit.bank.columns import Rows, ShardColumns
 from synthkit.bank.errors import BankIndexError
 from synthkit.bank.labels import LabelSet, label_sets
@@ -127,7 +128,8 @@ class Bank:
     def __repr__(self) -> str:
         size = "x".join(str(v) for v in self.shape)
         unfinished = "" if self.complete else f", unfinished: {len(self.sidecars)} of {self.spec.shards} shards"
-        return f"Bank({str(self.path)!r}, {len(self):,} images {size}, {self.num_classes} classes{unfinished})"
+        real = f", {REAL_LABEL}" if self.spec.contains_real else ""
+        return f"Bank({str(self.path)!r}, {len(self):,} images {size}, {self.num_classes} classes{real}{unfinished})"
 
     def _repr_html_(self) -> str:
         from synthkit.report.grid import grid_html

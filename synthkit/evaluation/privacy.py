@@ -137,11 +137,13 @@ def _space(
     gap, ratio = reference.distances[:, 0], _ratio(reference)
     threshold, ratio_threshold = (float(np.partition(v, place - 1)[place - 1]) for v in (gap, ratio))
     near = (to_train.distances[:, 0] < threshold) & (_ratio(to_train) < ratio_threshold)
-    near &= ~np.isin(rows, copied.rows)
+    known = np.isin(rows, copied.rows)
+    near &= ~known
     n, m = len(rows), len(gap)
     usual = int(((gap < threshold) & (ratio < ratio_threshold)).sum())  # hold-out images that meet both conditions
     limit_count = chance_limit(n, m, usual + 1)
-    order = np.lexsort((to_train.distances[:, 0], ~near))[:LISTED]  # near ones first
+    order = np.lexsort((to_train.distances[:, 0], ~near))  # near ones first; exact copies are listed apart
+    order = order[~known[order]][:LISTED]
     listed = zip(rows[order], to_train.indices[order, 0], to_train.distances[order, 0], near[order], strict=True)
     closest = [[int(row), int(other), float(distance), bool(flag)] for row, other, distance, flag in listed]
     member = None if outside is None else _membership(base, outside, queries, replicates, seed)
@@ -236,12 +238,13 @@ def _pairs(spaces: list[dict[str, Any]], copied: Copies) -> list[dict[str, Any]]
     """The pairs worth looking at: copies, then what each space calls near, then the closest of the first space."""
     pairs: dict[int, dict[str, Any]] = {}
     for row, source, kind in zip(copied.rows.tolist(), copied.sources.tolist(), copied.kinds.tolist(), strict=True):
-        if len(pairs) < LISTED:
+        if len(pairs) < LISTED // 2:  # room for the others
             pairs[row] = {"row": row, "train": source, "kind": KINDS[kind], "distance": None, "features": None}
     for wanted in (True, False):
         for space in spaces if wanted else spaces[:1]:
             for row, source, distance, near in space["closest"]:
-                if near == wanted and row not in pairs and len(pairs) < LISTED:
+                room = LISTED - (LISTED // 6 if wanted else 0)
+                if near == wanted and row not in pairs and len(pairs) < room:
                     pairs[row] = {"row": row, "train": source, "kind": "near" if near else "closest",
                                   "distance": distance, "features": space["features"]["kind"]}  # fmt: skip
     return list(pairs.values())

@@ -24,7 +24,8 @@ _QUANTILES = (("min", "nearest"), ("p01", "1 %"), ("p10", "10 %"), ("median", "m
 def audit_lines(result: dict[str, Any]) -> list[str]:
     """The result as plain lines."""
     bank, train, held = result["bank"], result["train"], result["holdout"]
-    lines = [f"{bank['path']}: {bank['images']:,} images. Its record says: {bank['origin']}", "", f"  {result['verdict']['text']}", "",
+    lines = [f"{bank['path']}: {bank['images']:,} images. Its record says: {bank['origin']}", "",
+             f"  {result['verdict']['text']}", "",
              f"  training    {train['images']:,} images of {train['name']} ({train['split']})",
              f"  hold-out    {_holdout(held)}", f"  copies      {_copies(result['copies'])}"]  # fmt: skip
     for space in result["spaces"]:

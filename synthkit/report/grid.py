@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthkit.bank.card import method_of
+from synthkit.bank.card import REAL_LABEL, method_of
 from synthkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ def grid_image(
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
 
-    draw.text((MARGIN, MARGIN - 4), _shorten(title or _title(bank), _font(18), size[0] - 2 * MARGIN), INK, _font(18))
+    heading = _title(bank) if title is None else title + (f" ({REAL_LABEL})" if bank.spec.contains_real else "")
+    draw.text((MARGIN, MARGIN - 4), _shorten(heading, _font(18), size[0] - 2 * MARGIN), INK, _font(18))
     draw.text(
         (MARGIN, MARGIN + 20), _shorten(_subtitle(bank, len(rows), labelled), small, size[0] - 2 * MARGIN), FAINT, small
     )
@@ -206,7 +207,8 @@ def _short_number(value: float) -> str:
 
 
 def _title(bank: Bank) -> str:
-    return bank.path.resolve().name or "bank"
+    real = f" ({REAL_LABEL})" if bank.spec.contains_real else ""
+    return f"{bank.path.resolve().name or 'bank'}{real}"
 
 
 def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
@@ -216,7 +218,6 @@ def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
     teacher = bank.spec.teacher.get("name") or bank.spec.teacher.get("arch")
     parts.append(f"method {method_of(bank.spec)}")
     parts += [f"teacher {teacher}"] if teacher else []
-    parts += ["contains real images"] if bank.spec.contains_real else []
     parts += [] if bank.complete else [f"unfinished ({len(bank):,} of {bank.spec.images:,})"]
     return "  ·  ".join(parts)
 

@@ -24,7 +24,7 @@ def configure(parser: Arguments) -> None:
         "no privacy guarantee."
     )
     parser.add_argument("bank", metavar="BANK", help="bank directory")
-    parser.add_argument("--real", required=True, metavar="DATA", help="the real images behind the bank: mnist:DIR, ...")
+    parser.add_argument("--real", metavar="DATA", help="the real images behind the bank: mnist:DIR, ...")
     parser.add_argument("--split", default="train", choices=("train", "test", "all"), help="part of --real (train)")
     parser.add_argument("--holdout", metavar="DATA", help="images of the same kind that took no part (the test part of "
                         "--real, where there is one)")  # fmt: skip
@@ -48,6 +48,8 @@ def run(args: Namespace) -> int:
     from synthkit.report.pairs import require_new_file, write_new_file
 
     bank = Bank(args.bank)
+    if args.real is None:
+        raise UsageError("audit: which real images?", hint="give --real DATA, for example --real mnist:DIR")
     if args.out is not None:
         require_new_file(Path(args.out), (".html", ".json"), "--out")
     if args.pairs is not None:

@@ -44,9 +44,9 @@ def run(args: Namespace) -> int:
     from synthkit.bank.storage import require_free
     from synthkit.report.pairs import require_new_file, write_new_file
 
+    bank = Bank(args.bank)
     if args.out is None and not args.dry_run:
         raise UsageError("dedup: where should the new bank go?", hint="give --out NEW, or --dry-run")
-    bank = Bank(args.bank)
     threshold = _threshold(args.threshold)
     if args.out is not None:
         require_free(Path(args.out))

@@ -42,14 +42,19 @@ def info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
 
     state = "complete" if facts["complete"] else "unfinished"
     state += ", sealed" if facts["sealed"] else ""
-    spread = facts["difficulty_range"]
+    spread, course = facts["difficulty_range"], facts["difficulty_by_tenth"]
+    logits = [f"top-{facts['top_k']} logits and the tail" if facts["top_k"] else "",
+              "all logits" if "logits" in facts["columns"] else ""]  # fmt: skip
     rows = {
         "images": f"{facts['images']:,} of {facts['images_planned']:,}, uint8 {' x '.join(map(str, facts['shape']))}",
         "shards": f"{facts['shards']} of {facts['shards_planned']} ({state}), {facts['bytes'] / 1e6:,.1f} MB",
         "columns": ", ".join(facts["columns"]) or "none yet",
-        "labels": f"{facts['label_kind']}, {facts['num_classes']} classes",
+        "labels": ", ".join([f"{facts['label_kind']}, {facts['num_classes']} classes", *filter(None, logits)]),
+        "label sets": ", ".join(map(clean, facts["label_sets"])) or "none",
+        **({"transform": clean(facts["transform"].get("kind"))} if facts["transform"] else {}),
         "balance": number("balance", ".3f", " (1 is even)"),
         "difficulty": number("mean_difficulty", ".4g", f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""),
+        **({"  by tenth": " ".join(f"{v:.3g}" for v in course) + " (in stored order)"} if course else {}),
         "agreement": number("teacher_agreement", ".2%", " of the labels are the argmax of the stored logits"),
         "confidence": number("mean_confidence", ".2%", " (mean of the teacher's largest probability)"),
         "steps": "not stored" if not facts["step_range"] else "{} to {}".format(*facts["step_range"]),
@@ -58,11 +63,11 @@ def info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
         "teacher": clean(teacher.get("name") or teacher.get("arch") or "none"),
         "seed": str(facts["seed"]),
         "made": f"{clean(facts['created'])}, in {number('seconds', ',.1f')} s",
-        "real data": facts["origin"],
+        "licence": clean(facts["licence"] or "not stated"),
         "recipe hash": clean(facts["recipe_hash"]),
         "root hash": facts["root"] or "none before the bank is complete",
     }
-    lines = [clean(facts["path"]), *(f"  {name:<12} {value}" for name, value in rows.items())]
+    lines = [f"{clean(facts['path'])}: {facts['origin']}", *(f"  {name:<12} {value}" for name, value in rows.items())]
     counts = facts["label_histogram"]
     if counts:
         lines += ["  classes", *_histogram(bank.class_names, counts)]

@@ -19,6 +19,7 @@ def configure(parser: Arguments) -> None:
 def run(args: Namespace) -> int:
     """List shards, or banks."""
     from synthkit.bank import Bank
+    from synthkit.bank.card import REAL_LABEL
 
     root = Path(args.bank)
     if (root / "bank.json").exists():
@@ -29,6 +30,8 @@ def run(args: Namespace) -> int:
         if args.json:
             print_json(rows)
             return 0
+        if bank.spec.contains_real:
+            print(f"{clean(bank.path)}: {REAL_LABEL}")
         print(f"{'shard':>5} {'images':>8} {'MB':>8} {'difficulty':>10} {'agreement':>9} {'steps':>17}  sha256")
         for r in rows:
             steps = "-" if not r["step_range"] else "{}-{}".format(*r["step_range"])
@@ -47,7 +50,8 @@ def run(args: Namespace) -> int:
     for bank in banks:
         shape = "x".join(map(str, bank.shape))
         state = "complete" if bank.complete else f"unfinished, {len(bank.sidecars)} of {bank.spec.shards} shards"
-        print(f"{clean(bank.path)}  {len(bank):,} images {shape}  {bank.num_classes} classes  {state}")
+        real = f"  {REAL_LABEL}" if bank.spec.contains_real else ""
+        print(f"{clean(bank.path)}  {len(bank):,} images {shape}  {bank.num_classes} classes  {state}{real}")
     return 0
 
 
