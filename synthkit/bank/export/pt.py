@@ -7,7 +7,7 @@ numbers or float32 logits, and the learned step size as a scalar (methods/matchi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from synthkit.bank.export.base import Format, need_one_of
+from synthkit.bank.export.torchfile import TensorPlan, write_torch
 from synthkit.errors import UsageError
 
-_WORK = ".images.raw"
 SPACES = ("auto", "normalised", "pixels", "training")
 
 
@@ -89,50 +89,47 @@ class Pt(Format):
     def _image_bytes(self) -> int:
         return 4 * self.source.count * self.source.spec.image_bytes
 
+    @property
+    def _label(self) -> str | None:
+        return next((c for c in self.columns if c in ("labels", "logits")), None)
+
+    def passes(self) -> int:
+        """See `Format.passes`."""
+        return len(self.columns)
+
     def estimate(self) -> int:
         """See `Format.estimate`."""
-        classes = 4 * self.source.spec.num_classes if self.options.labels == "soft" else 8
-        return 2 * self._image_bytes() + self.source.count * classes + (1 << 16)  # the working copy goes at the end
+        label = (4 * self.source.spec.num_classes if self._label == "logits" else 8) if self._label else 0
+        return self.source.count * (4 * self.source.spec.image_bytes + label) + (1 << 16)
 
     def write(self, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
-        """See `Format.write`. The images pass through a file on disk, so that memory stays bounded."""
-        import torch
-
-        shape = (self.source.count, *self.source.spec.shape)
-        work = folder / _WORK
-        images = np.memmap(work, dtype="<f4", mode="w+", shape=shape)
-        label = next((c for c in self.columns if c in ("labels", "logits")), None)
-        labels = (
-            np.empty((shape[0], *self.source.row_shape(label)), "<i8" if label == "labels" else "<f4")
-            if label
-            else None
-        )
-        for first, piece in self.source.pieces(self.columns):
-            stop = first + len(next(iter(piece.values())))
-            images[first:stop] = self._floats(piece)
-            if labels is not None and label is not None:
-                labels[first:stop] = piece[label]
-            advance(stop - first)
-        tensors: dict[str, Any] = {"images": torch.from_numpy(images)}
-        if labels is not None:
-            tensors["labels"] = torch.from_numpy(labels)
-        rate = self._rate()
+        """See `Format.write`."""
+        source, suffix, label, rate = self.source, self.options.suffix, self._label, self._rate()
+        image = "images_f16" if self.space == "training" else "images"
+        pixels = (self._floats(piece) for piece in self._pieces(image, advance))
+        shape = (source.count, *source.spec.shape)
+        write_torch(folder / f"images_{suffix}.pt", TensorPlan(np.dtype("<f4"), shape, pixels))
+        if label:
+            dtype = np.dtype("<i8" if label == "labels" else "<f4")
+            plan = TensorPlan(dtype, (source.count, *source.row_shape(label)), self._pieces(label, advance))
+            write_torch(folder / f"labels_{suffix}.pt", plan)
         if rate is not None:
-            tensors["lr"] = torch.tensor(rate, dtype=torch.float32)
-        for name, tensor in tensors.items():
-            torch.save(tensor, folder / f"{name}_{self.options.suffix}.pt")
-        tensors.clear()
-        del images
-        work.unlink()
-        found = self.source.bank.transform() if self.space == "training" else None
+            write_torch(folder / f"lr_{suffix}.pt", TensorPlan.of(np.array(rate, np.float32)))
+        found = source.bank.transform() if self.space == "training" else None
         if found:
-            torch.save({k: torch.from_numpy(np.array(v)) for k, v in sorted(found[0].items())}, folder / "transform.pt")
+            write_torch(folder / "transform.pt", {k: TensorPlan.of(v) for k, v in sorted(found[0].items())})
         return {"space": self.space, "learning_rate": rate, "labels": label}
 
-    def _floats(self, piece: dict[str, np.ndarray]) -> np.ndarray:
+    def _pieces(self, column: str, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
+        for _, piece in self.source.pieces([column]):
+            yield piece[column]
+            advance(len(piece[column]))
+
+    def _floats(self, rows: np.ndarray) -> np.ndarray:
+        """Stored pixels (n,C,H,W) as float32 in the space asked for."""
         if self.space == "training":
-            return piece["images_f16"].astype(np.float32)
-        pixels = piece["images"].astype(np.float32) / np.float32(255)
+            return rows.astype(np.float32)
+        pixels = rows.astype(np.float32) / np.float32(255)
         if self.space == "pixels":
             return pixels
         mean = np.array(self.source.spec.mean, np.float32)[:, None, None]
@@ -141,7 +138,7 @@ class Pt(Format):
     def usage(self) -> str:
         """See `Format.usage`."""
         lines = ["import torch", ""]
-        names = ["images"] + (["labels"] if {"labels", "logits"} & set(self.columns) else [])
+        names = ["images"] + (["labels"] if self._label else [])
         names += ["lr"] if self._rate() is not None else []
         lines += [f'{name} = torch.load("DIR/{name}_{self.options.suffix}.pt", weights_only=True)' for name in names]
         return "\n".join(lines)

@@ -141,7 +141,7 @@ def test_the_estimate_is_an_upper_one_and_near(tmp_path, name):
     planned = plan(bank, name, tmp_path / "o")
     size = sum(len(v) for v in tree(planned.run()).values())
     assert size <= planned.bytes + 16_000  # README and synthkit.json
-    assert planned.bytes <= size * {"pt": 2.1, "imagefolder": 1.6}.get(name, 1.35)
+    assert planned.bytes <= size * {"imagefolder": 1.6}.get(name, 1.35)
 
 
 def test_no_room(tmp_path, name, monkeypatch):
