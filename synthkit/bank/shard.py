@@ -6,6 +6,7 @@ no times, no host, no uuid; so a run that was killed and resumed ends with the s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -177,29 +178,50 @@ def _extent(value: np.ndarray) -> str:
     return f"{value.min()} to {value.max()}"
 
 
-def encode(columns: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, dict[str, Any]]]:
+def encode(columns: Mapping[str, np.ndarray]) -> tuple[memoryview, dict[str, dict[str, Any]]]:
     """The bytes of a shard file, and where its datasets lie.
 
-    The file is composed in memory: a full disk then meets a plain write, never a half-open HDF5 file.
+    The file is composed in memory: a full disk then meets a plain write, never a half-open HDF5 file. What lies around
+    the values depends on names, shapes and dtypes alone and is asked of HDF5 once; copying the values into it is eight
+    times as fast as having HDF5 write each file (measured with 64 MiB: 10 against 80 ms).
 
     Returns:
         (bytes, {column: {"offset": int, "shape": list, "dtype": str}}).
     """
+    size, around, offsets = _frame(tuple((name, c.shape, c.dtype.str) for name, c in columns.items()))
+    file = np.empty(size, np.uint8)
+    for start, piece in around:
+        file[start : start + len(piece)] = np.frombuffer(piece, np.uint8)
+    for name, value in columns.items():
+        file[offsets[name] : offsets[name] + value.nbytes] = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    layout = {n: {"offset": offsets[n], "shape": list(c.shape), "dtype": c.dtype.str} for n, c in columns.items()}
+    return file.data, layout
+
+
+@functools.lru_cache(maxsize=16)
+def _frame(
+    columns: tuple[tuple[str, tuple[int, ...], str], ...],
+) -> tuple[int, list[tuple[int, bytes]], dict[str, int]]:
+    """A shard file of these (name, shape, dtype) without its values: (bytes, what lies around them, their offsets)."""
     import h5py
 
-    payload = sum(c.nbytes for c in columns.values())
+    payload = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in columns)
     with h5py.File(
         f"{threading.get_ident()}.h5", "w", driver="core", backing_store=False, block_size=payload + (64 << 10),
         libver=("v108", "v108"), alignment_threshold=1, alignment_interval=ALIGNMENT,
     ) as file:  # fmt: skip
-        layout = {}
-        for name, value in columns.items():
-            dataset = file.create_dataset(name, data=value, track_times=False)
-            layout[name] = {
-                "offset": dataset.id.get_offset(), "shape": list(value.shape), "dtype": value.dtype.str
-            }  # fmt: skip
+        offsets, extents = {}, []
+        for name, shape, dtype in columns:
+            values = np.zeros(shape, dtype)  # HDF5 gives a dataset its place when it is written
+            offsets[name] = file.create_dataset(name, data=values, track_times=False).id.get_offset()
+            extents.append((offsets[name], offsets[name] + values.nbytes))
         file.flush()
-        return file.id.get_file_image(), layout
+        image = file.id.get_file_image()
+    around, start = [], 0
+    for begin, end in [*sorted(extents), (len(image), len(image))]:
+        around.append((start, image[start:begin]))
+        start = end
+    return len(image), around, offsets
 
 
 def summary(columns: Mapping[str, np.ndarray], num_classes: int) -> dict[str, Any]:
