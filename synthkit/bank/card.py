@@ -9,10 +9,13 @@ import html
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from synthkit.bank.shard import Sidecar
 from synthkit.bank.spec import BankSpec
+from synthkit.bank.storage import read_json
+from synthkit.errors import BankError
 from synthkit.tables import methods
 
 LABEL_MEANINGS = {
@@ -265,13 +268,16 @@ def remake_command(spec: BankSpec) -> str | None:
 
     Every word is quoted for a shell; a recipe with keys that are no option names gives None.
     """
-    method, teacher = spec.recipe.get("method"), spec.teacher.get("spec")
-    if not isinstance(method, dict) or method.get("name") not in methods() or not isinstance(teacher, str):
+    method, teacher, data = spec.recipe.get("method"), spec.teacher.get("spec"), spec.recipe.get("data")
+    if not isinstance(method, dict) or method.get("name") not in methods() or spec.parents:
         return None
-    own = {"teacher", "method", "images", "images_per_shard", "seed"}
+    kind = data.get("name") if isinstance(data, dict) else None
+    if not (teacher or kind) or not isinstance(teacher or "", str):
+        return None
+    own = {"teacher", "method", "data", "images", "images_per_shard", "seed"}
     options: dict[str, object] = {
-        "teacher": teacher, "method": method["name"], "images": spec.images,
-        "images_per_shard": spec.images_per_shard, "seed": spec.seed,
+        "teacher": teacher or None, "method": method["name"], "data": f"{kind}:PATH" if kind else None,
+        "images": spec.images, "images_per_shard": spec.images_per_shard, "seed": spec.seed,
         **{k: v for k, v in spec.recipe.items() if k not in own},
         **{f"method.{k}": v for k, v in method.items() if k != "name"},
     }  # fmt: skip
@@ -291,6 +297,14 @@ def _word(value: object) -> str:
     if isinstance(value, list):
         value = "[" + ",".join(_line(v) for v in value) + "]"
     return shlex.quote(_line(value).replace("`", ""))
+
+
+def run_record(bank: Path) -> dict[str, Any] | None:
+    """run.json of the run that made the bank at `bank`; None where there is none to read."""
+    try:
+        return read_json(bank / "run.json")
+    except BankError:  # no part of the sealed bank: a card can do without it
+        return None
 
 
 def _results(run: Mapping[str, Any] | None) -> list[str]:

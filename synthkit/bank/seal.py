@@ -70,10 +70,36 @@ def seal(path: Path, *, renew: bool = False) -> dict[str, Any]:
     if not target.exists() or target.read_bytes() != data:
         with storage_errors("manifest", target):
             clean_stale_temps(path)  # of a run that was killed while it sealed
-            publish(path / "README.md", card.render(spec, record, sidecars, root).encode())
+            publish(path / "README.md", _card(path, spec, record, sidecars, manifest))
             publish(target, data)
             sync_folder(path)
     return manifest
+
+
+def refresh_card(path: Path) -> None:
+    """Write README.md of a sealed bank anew, with what its run measured since (run.json); else nothing is done.
+
+    Raises:
+        BankError: the bank is damaged. StorageError: writing failed.
+    """
+    if not (path / "manifest.json").exists():
+        return
+    spec, record = read_record(path)
+    records = [(i, shard_file(path, i).with_suffix(".json")) for i in committed_shards(path, spec)]
+    sidecars = [read_sidecar(where, i, spec) for i, where in records]
+    data = _card(path, spec, record, sidecars, read_json(path / "manifest.json"))
+    target = path / "README.md"
+    if not target.is_file() or target.read_bytes() != data:
+        with storage_errors("card", target):
+            publish(target, data)
+            sync_folder(path)
+
+
+def _card(
+    path: Path, spec: BankSpec, record: dict[str, Any], sidecars: list[Sidecar], manifest: dict[str, Any]
+) -> bytes:
+    # the root alone, not the seal: the card is no part of what is sealed and must not lag behind it
+    return card.render(spec, record, sidecars, str(manifest["root"]), results=card.run_record(path)).encode()
 
 
 def _kept(path: Path, spec: BankSpec, uuid: str, root: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
