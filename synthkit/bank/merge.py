@@ -22,6 +22,7 @@ import numpy as np
 from synthkit.bank import card, state
 from synthkit.bank.copying import ShardRows, adopt_shard, copy_exact
 from synthkit.bank.errors import BankMismatchError
+from synthkit.bank.joining import Piece, best_plan, exact
 from synthkit.bank.reader import Bank
 from synthkit.bank.seal import root_hash, seal
 from synthkit.bank.shard import shard_file
@@ -193,16 +194,6 @@ class _Unite:
         return seal(staging)["root"]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Rows `start` to `stop` of shard `at` of parent `parent`."""
-
-    parent: int
-    at: int
-    start: int
-    stop: int
-
-
 class _Join:
     """Banks behind one another."""
 
@@ -221,13 +212,14 @@ class _Join:
                                  hint="give it once")  # fmt: skip
         teacher, notes = _teacher(banks, allow_different_teachers)
         sizes = [[s.n for s in bank.sidecars] for bank in banks]
-        self.plan, per_shard = _best_plan(sizes, [b.spec.per_shard for b in banks])
+        self.plan, per_shard = best_plan(sizes, [b.spec.per_shard for b in banks])
         self.snapshots, said = _snapshots(banks)
         self.spec = self._spec(per_shard, teacher)
-        exact = sum(_exact(pieces, sizes) for pieces in self.plan)
+        copied = sum(exact(pieces, sizes) for pieces in self.plan)
         self.report = MergeReport(mode="join", out=out, parents=[b.path for b in banks], images=self.spec.images,
-                                  shards=self.spec.shards, copied=exact, packed=len(self.plan) - exact)  # fmt: skip
-        self.report.notes = [*notes, *said, *(note for bank in banks for note in _beside(bank))]
+                                  shards=self.spec.shards, copied=copied, packed=len(self.plan) - copied)  # fmt: skip
+        self.rate, more = _learning_rate(banks)
+        self.report.notes = [*notes, *said, *more, *(note for bank in banks for note in _beside(bank))]
         self.sizes = sizes
 
     def _spec(self, per_shard: int, teacher: dict[str, Any]) -> BankSpec:
@@ -252,75 +244,30 @@ class _Join:
         for number, record in enumerate(self.snapshots):
             state.save_entry(staging / "generators", late + number, record.load(), record.meta)
         for index, pieces in enumerate(self.plan):
-            if _exact(pieces, self.sizes):
+            meta = {"merged_from": self._origin(pieces), **(self.rate if index == len(self.plan) - 1 else {})}
+            if exact(pieces, self.sizes):
                 bank, at = self.banks[pieces[0].parent], pieces[0].at
                 file = shard_file(bank.path, bank.sidecars[at].index)
-                adopt_shard(staging, index, bank.sidecars[at], file, {"merged_from": self._origin(pieces)})
+                adopt_shard(staging, index, bank.sidecars[at], file, meta)
                 continue
             rows = [self._rows(reading, piece) for piece in pieces]
             arrays = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
-            writer.write_shard(index, arrays, {"merged_from": self._origin(pieces)})
+            writer.write_shard(index, arrays, meta)
             del rows, arrays
         sync_folder(staging / "shards")
         return seal(staging)["root"]
 
-    def _rows(self, reading: ShardRows, piece: _Piece) -> dict[str, np.ndarray]:
+    def _rows(self, reading: ShardRows, piece: Piece) -> dict[str, np.ndarray]:
         bank = self.banks[piece.parent]
         sidecar = bank.sidecars[piece.at]
         rows = reading.rows(shard_file(bank.path, sidecar.index), sidecar, piece.start, piece.stop)
         return {name: column.copy() for name, column in rows.items()}  # so that the shard can leave the memory
 
-    def _origin(self, pieces: list[_Piece]) -> list[dict[str, Any]]:
+    def _origin(self, pieces: list[Piece]) -> list[dict[str, Any]]:
         return [
             {"uuid": self.banks[p.parent].record["uuid"], "shard": self.banks[p.parent].sidecars[p.at].index,
              "rows": [p.start, p.stop]} for p in pieces
         ]  # fmt: skip
-
-
-def _best_plan(sizes: list[list[int]], candidates: list[int]) -> tuple[list[list[_Piece]], int]:
-    """The plan with the largest of the parents' shard sizes; a smaller one only where it leaves more images where they
-    are, and at least half of all."""
-    largest = max(candidates)
-    best, per_shard = plan_join(sizes, largest), largest
-    most = max(_kept(best, sizes), sum(map(sum, sizes)) // 2)
-    for smaller in sorted(set(candidates) - {largest}, reverse=True):
-        plan = plan_join(sizes, smaller)
-        if _kept(plan, sizes) > most:
-            best, per_shard, most = plan, smaller, _kept(plan, sizes)
-    return best, per_shard
-
-
-def _kept(plan: list[list[_Piece]], sizes: list[list[int]]) -> int:
-    return sum(pieces[0].stop for pieces in plan if _exact(pieces, sizes))
-
-
-def plan_join(sizes: list[list[int]], per_shard: int) -> list[list[_Piece]]:
-    """For each shard of the result, the pieces it is made of, in order.
-
-    Args:
-        sizes: images in each shard of each parent.
-        per_shard: images in every shard of the result but the last.
-    """
-    plan: list[list[_Piece]] = [[]]
-    room = per_shard
-    for parent, shards in enumerate(sizes):
-        for at, size in enumerate(shards):
-            start = 0
-            while start < size:
-                if not room:
-                    plan.append([])
-                    room = per_shard
-                stop = min(size, start + room)
-                plan[-1].append(_Piece(parent, at, start, stop))
-                room -= stop - start
-                start = stop
-    return plan
-
-
-def _exact(pieces: list[_Piece], sizes: list[list[int]]) -> bool:
-    """Whether a shard of the result is one whole shard of a parent."""
-    only = pieces[0]
-    return len(pieces) == 1 and only.stop - only.start == sizes[only.parent][only.at]
 
 
 def _provenance(bank: Bank, root: str) -> dict[str, Any]:
@@ -379,6 +326,17 @@ def _snapshots(banks: list[Bank]) -> tuple[list[state.GeneratorRecord], list[str
     if without:
         return [], [f"generator snapshots stay behind: {', '.join(without)} has none that `distill --fresh` can use"]
     return found, [f"{len(found)} generator snapshots come along"]
+
+
+def _learning_rate(banks: list[Bank]) -> tuple[dict[str, Any], list[str]]:
+    """({"learning_rate": ...} for the record of the last shard, notes); a trajectory-matching bank has it there."""
+    metas = [bank.sidecars[-1].raw.get("meta") for bank in banks]
+    rates = [meta.get("learning_rate") if isinstance(meta, dict) else None for meta in metas]
+    if all(rate is None for rate in rates):
+        return {}, []
+    if all(rate == rates[0] for rate in rates):
+        return {"learning_rate": rates[0]}, []
+    return {"learning_rate": None}, [f"the banks were made for different learning rates ({rates}): none is recorded"]
 
 
 def _copy_transform(bank: Bank, target: Path) -> None:

@@ -342,7 +342,7 @@ class _Campaign:
         if not self.stage.watched:
             yield
             return
-        from synthkit.bench.kill_stages import read_for_ever
+        from synthkit.bench.known_rows import read_for_ever
 
         counts = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.int64, 4)
         log = self.work / f"reader{self.number}.log"
@@ -362,6 +362,6 @@ class _Campaign:
 
 
 def _images_of(stage: Stage) -> int:
-    from synthkit.bench.kill_stages import PER_SHARD
+    from synthkit.bench.known_rows import PER_SHARD
 
     return PER_SHARD if stage.pieces > 1 else 0

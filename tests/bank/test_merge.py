@@ -14,13 +14,14 @@ import pytest
 
 from synthkit.bank import Bank, BankMismatchError, BankSpec, BankWriter, copying, state
 from synthkit.bank import merge as merge_module
+from synthkit.bank.joining import plan_join
 from synthkit.bank.make import bank_from_arrays
-from synthkit.bank.merge import merge, plan_join
+from synthkit.bank.merge import merge
 from synthkit.bank.verify import VerifyReport
 from synthkit.cli.bank import main
 from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
-from .banks import fill, make_bank, make_spec, whole
+from .banks import fill, make_bank, make_spec, shard_arrays, whole
 from .fixtures.make import shard as fixture_shard
 from .fixtures.make import spec as fixture_spec
 from .fixtures.make import transform_arrays
@@ -199,6 +200,18 @@ def test_generators_travel_when_every_parent_has_usable_ones(tmp_path):
         report = merge([a, other], tmp_path / f"with-{other.name}")
         assert Bank(report.out).generators() == []
         assert any("stay behind" in note and str(other) in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("rates", "kept"), [((0.02, 0.02), 0.02), ((0.02, 0.03), None), ((0.02, None), None)])
+@pytest.mark.parametrize("images", [20, 17])
+def test_learning_rate_of_the_last_shard(tmp_path, rates, kept, images):
+    for number, rate in enumerate(rates):
+        writer = BankWriter.create(tmp_path / str(number), make_spec(images=images, seed=number))
+        fill(writer, [0])
+        writer.write_shard(1, shard_arrays(writer.spec, 1), {} if rate is None else {"learning_rate": rate})
+    report = merge([tmp_path / "0", tmp_path / "1"], tmp_path / "c")
+    assert Bank(tmp_path / "c").sidecars[-1].raw["meta"]["learning_rate"] == kept
+    assert any("different learning rates" in note for note in report.notes) == (kept is None)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "record", "lost", "manifest", "generator"])

@@ -13,24 +13,9 @@ from synthkit.bank import Bank, BankWriter
 from synthkit.bank.shard import conform, encode
 from synthkit.bench import kills
 from synthkit.bench.kill_probe import Shared, Victim, kind_of
-from synthkit.bench.kill_stages import (
-    SHARDS,
-    Claims,
-    Finding,
-    Sealer,
-    Stage,
-    Target,
-    Writer,
-    columns_of,
-    make_bank,
-    numbers_in,
-    rows_of,
-    spec_of,
-    stages,
-    tree,
-    wrong_rows,
-)
+from synthkit.bench.kill_stages import Claims, Finding, Sealer, Stage, Target, Writer, stages, tree
 from synthkit.bench.kills import kill_everything
+from synthkit.bench.known_rows import SHARDS, columns_of, make_bank, numbers_in, rows_of, spec_of, wrong_rows
 from synthkit.cli.bench import BENCHES
 from synthkit.errors import RunError, UsageError
 
