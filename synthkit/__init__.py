@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from synthkit.api import distill, evaluate, synthesize, teach
+    from synthkit.api import distill, evaluate, relabel, synthesize, teach
     from synthkit.bank import Bank
     from synthkit.config.parse import load_recipe
 
 _WHERE = {
     "synthesize": "synthkit.api",
     "distill": "synthkit.api",
+    "relabel": "synthkit.api",
     "teach": "synthkit.api",
     "evaluate": "synthkit.api",
     "load_recipe": "synthkit.config.parse",
     "Bank": "synthkit.bank",
 }
 
-__all__ = ["Bank", "__version__", "distill", "evaluate", "load_recipe", "synthesize", "teach"]
+__all__ = ["Bank", "__version__", "distill", "evaluate", "load_recipe", "relabel", "synthesize", "teach"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python face: the four verbs of the command line as functions, with the same checks and the same errors."""
+"""The Python face: the five verbs of the command line as functions, with the same checks and the same errors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from synthkit.config.fields import options_of, unknown
 from synthkit.config.parse import COMMANDS, parse_config
 
 if TYPE_CHECKING:
-    from synthkit.bank import Bank
+    from synthkit.bank import Bank, LabelSet
     from synthkit.distillation.distill import RunResult
     from synthkit.distillation.teach import TeachResult
 
 PathLike = str | os.PathLike[str]
 
 
-def synthesize(method: str = "cudfkd", *, teacher: PathLike, **options: Any) -> Bank:
-    """Make a bank of images from a trained classifier.
+def synthesize(method: str = "cudfkd", *, teacher: PathLike | None = None, **options: Any) -> Bank:
+    """Make a bank of images from a trained classifier, or (for methods that take it) from real data.
 
     `options` are fields of `SynthesizeConfig` (`curriculum`, `images`, `out`, `seed`, ...), of the method's own config
     (`lr_g`, `epochs`, ...; `**{"method.NAME": value}` where both have that name), of the runtime (`device`,
@@ -46,6 +46,20 @@ def distill(bank: PathLike | Bank, student: PathLike, *, loss: str = "kd", **opt
 
     values = {"bank": getattr(bank, "path", bank), "student": student, **options}
     return run(parse_config("distill", _values("distill", loss, values)))
+
+
+def relabel(bank: PathLike | Bank, name: str, **options: Any) -> LabelSet:
+    """Label a bank's images anew, or stored views of them (FKD); `options` are fields of `RelabelConfig` or of the
+    runtime (`teacher`, `views`, `mix`, `top_k`, ...).
+
+    Raises:
+        ConfigError: unknown or ill-typed option.
+        SynthkitError: as `synthkit.distillation.relabel.relabel`.
+    """
+    from synthkit.distillation.relabel import relabel as run
+
+    values = {"bank": getattr(bank, "path", bank), "name": name, **options}
+    return run(parse_config("relabel", _values("relabel", "", values)))
 
 
 def teach(arch: str, data: str, **options: Any) -> TeachResult:

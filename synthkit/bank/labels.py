@@ -307,6 +307,19 @@ class LabelSet:
             return None
         return sum(c for c in counts if c is not None) / sum(s.n for s in self.sidecars)
 
+    @property
+    def tail_error(self) -> dict[str, float] | None:
+        """What the top-k costs: temperature -> mean total variation of the probabilities; None for dense logits.
+
+        Measured on a part of the rows while the dense logits were at hand (see topk.py).
+        """
+        found = [s.raw.get("meta") for s in self.sidecars]
+        errors = [m.get("tail_error") if isinstance(m, dict) else None for m in found]
+        if not errors or not all(isinstance(e, dict) and all(type(v) is float for v in e.values()) for e in errors):
+            return None
+        rows = [e for e in errors if e is not None]
+        return {t: sum(e.get(t, 0.0) for e in rows) / len(rows) for t in rows[0]}
+
     def __len__(self) -> int:
         return self.spec.rows
 

@@ -66,12 +66,9 @@ class StoredLogits:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row as stored."""
-        if isinstance(self.source, LabelSet):
-            layout = self.source.spec.layout.columns
-            return sum(layout[c][0].itemsize * int(np.prod(layout[c][1], dtype=np.int64)) for c in self.columns)
-        top_k = self.source.spec.top_k or 0
-        return 2 * self.num_classes if self.columns == ["logits"] else 6 * top_k + 4
+        """Bytes of one row in memory (class indices as int32)."""
+        top_k = self.source.spec.top_k
+        return 2 * self.num_classes if self.columns == ["logits"] else 6 * (top_k or 0) + 4
 
     def read(self, rows: np.ndarray) -> Targets:
         """The rows as they are stored, on the CPU."""

@@ -38,6 +38,7 @@ def facts(labels: LabelSet) -> dict[str, Any]:
         "name": labels.name, "path": str(labels.path), "kind": spec.kind, "rows": spec.rows, "images": spec.images,
         "top_k": spec.top_k, "bytes": labels.nbytes, "bytes_per_row": spec.row_bytes, "shards": spec.shards,
         "teacher": spec.teacher, "policy": spec.policy, "agreement_with_bank_labels": labels.agreement,
+        "tail_error": labels.tail_error,
     }  # fmt: skip
 
 
@@ -50,5 +51,9 @@ def summary_lines(labels: LabelSet) -> list[str]:
         lines.append(f"  the teacher names the bank's label on {100 * labels.agreement:.2f} % of them")
         if labels.agreement < 2 / spec.num_classes and spec.num_classes > 2:
             lines.append("  warning: that is about chance; is the class order of the teacher the bank's?")
+    errors = labels.tail_error
+    if errors is not None:
+        said = ", ".join(f"{100 * value:.2f} % at T = {t}" for t, value in errors.items())
+        lines.append(f"  top {spec.top_k} misses the teacher's probabilities by (total variation) {said}")
     lines.append(f"next: synthkit distill --bank {bank} --label_set {labels.name} --student NAME")
     return lines

@@ -22,7 +22,7 @@ from torch import nn
 from synthkit.bank import Bank, LabelSet, LabelSpec, LabelWriter
 from synthkit.bank.labels import check_name, plan_rows_per_shard, set_path
 from synthkit.bank.stored import pixel_column
-from synthkit.bank.topk import compress_topk
+from synthkit.bank.topk import compress_topk, tail_error
 from synthkit.bank.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
 from synthkit.config.schema import RelabelConfig
 from synthkit.distillation.task import check_fits, teacher_facts
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMED_BATCHES = 2
+ERROR_ROWS = 256  # rows of a shard on which the error of the top-k is measured
+ERROR_TEMPERATURES = (1.0, 2.0, 4.0, 20.0)
 
 
 @dataclass(kw_only=True)
@@ -200,6 +202,8 @@ class _Read:
     """Columns of the kept rows, without the targets."""
     labels: np.ndarray | None
     """The bank's labels of the kept rows' images."""
+    tail_error: dict[str, float] | None = None
+    """What the top-k costs on these rows, by temperature."""
 
 
 class _Job:
@@ -317,6 +321,8 @@ class _Job:
         if self.spec.top_k is None:
             # converted here: a logit beyond fp16 becomes inf, which the writer refuses with its row
             return {"logits": logits.half().cpu().numpy()}
+        dense = logits[:ERROR_ROWS].cpu().numpy()
+        read.tail_error = {f"{t:g}": round(tail_error(dense, self.spec.top_k, t), 6) for t in ERROR_TEMPERATURES}
         index, logit, tail = (part.cpu().numpy() for part in compress_topk(logits, self.spec.top_k))
         return {"topk_index": index, "topk_logit": logit, "tail_logsumexp": tail}
 
@@ -328,6 +334,8 @@ class _Job:
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         columns = {name: columns[name] for name in self.spec.layout.columns}
         meta: dict[str, Any] = {}
+        if self.spec.top_k is not None:
+            meta["tail_error"] = collected[0][0].tail_error
         if all(read.labels is not None for read, _ in collected):
             labels = np.concatenate([np.asarray(read.labels) for read, _ in collected])
             best = columns["topk_index"][:, 0] if self.spec.top_k else columns["logits"].argmax(axis=1)

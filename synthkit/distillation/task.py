@@ -20,6 +20,7 @@ from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data
 from synthkit.distillation.contract import DistillationLoss
+from synthkit.distillation.label_sets import label_set_of, note_topk
 from synthkit.distillation.protocols import Plan, distill_plan
 from synthkit.distillation.sources import split_holdout, stream_seed
 from synthkit.errors import ConfigError, DataError, ModelError, RequirementError
@@ -104,13 +105,13 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         raise ConfigError("seeds must be at least 1", got=cfg.seeds)
     train, held = split_holdout(len(bank), cfg.holdout, cfg.seed)
     notes: list[str] = []
-    labels = _label_set(cfg, bank, notes)
+    labels = label_set_of(cfg, bank, notes)
     control_augment = plan.augment
     if labels is not None and labels.kind == "views":
         plan = dataclasses.replace(plan, augment="none")  # the views are the augmentation
     plan = _fit_batch(cfg, plan, labels, len(train), notes)
     teacher, facts = _teacher(cfg, bank, labels, notes)
-    live = _check_logits(cfg, bank, labels, teacher, plan, notes)
+    live = _check_logits(cfg, bank, labels, teacher, plan, loss, notes)
     _check_labels(cfg, bank, loss, live)
     fresh = _fresh_share(cfg, bank, live)
     if cfg.order == "easy2hard" and not bank.has("difficulty"):
@@ -157,41 +158,6 @@ def _loss(cfg: DistillConfig) -> DistillationLoss:
     elif not isinstance(config, kind.Config):
         raise ConfigError(f"loss {cfg.loss_name}: its config is needed", got=type(config).__qualname__)
     return kind(config)
-
-
-def _label_set(cfg: DistillConfig, bank: Bank, notes: list[str]) -> LabelSet | None:
-    """The label set to train on, checked; None where the bank's own labels are used."""
-    if cfg.label_set is None:
-        return None
-    labels = bank.labels(cfg.label_set)
-    if not labels.complete:
-        raise DataError(
-            f"label set {labels.name!r} is unfinished: {len(labels.sidecars)} of {labels.spec.shards} shards",
-            hint="go on with the same synthkit relabel command and --resume",
-        )
-    if cfg.logits == "live":
-        raise ConfigError("logits live: a label set holds stored logits", hint="leave --logits or --label_set out")
-    if cfg.fresh:
-        raise ConfigError("fresh images have no stored logits", got=cfg.fresh, hint="leave --fresh or --label_set out")
-    if not bank.complete:
-        raise DataError(f"bank {cfg.bank} is unfinished, its label set is not", hint="run synthkit bank verify")
-    if labels.kind == "images":
-        return labels
-    if cfg.augment not in (None, "none"):
-        raise ConfigError(
-            f"augment: label set {labels.name!r} holds views, which are the augmentation (the teacher saw them so)",
-            got=cfg.augment,
-            hint="leave --augment out, or use a label set of the images",
-        )
-    if cfg.order != "random":
-        raise ConfigError("order: views are read in stored order", got=cfg.order, hint="leave --order out")
-    height, width = bank.shape[1:]
-    if labels.spec.size != (height, width):
-        raise DataError(f"label set {labels.name!r} holds views of {labels.spec.size}, the student takes {height}")
-    mix = (labels.spec.policy.get("views") or {}).get("mix")
-    if cfg.labels == "stored" and mix:
-        notes.append("labels stored: a mixed view has the label of its own image; the other one is not counted")
-    return labels
 
 
 def _fit_batch(cfg: DistillConfig, plan: Plan, labels: LabelSet | None, images: int, notes: list[str]) -> Plan:
@@ -273,7 +239,13 @@ def check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, 
 
 
 def _check_logits(
-    cfg: DistillConfig, bank: Bank, labels: LabelSet | None, teacher: TeacherView | None, plan: Plan, notes: list[str]
+    cfg: DistillConfig,
+    bank: Bank,
+    labels: LabelSet | None,
+    teacher: TeacherView | None,
+    plan: Plan,
+    loss: DistillationLoss,
+    notes: list[str],
 ) -> bool:
     if cfg.logits == "stored" and labels is None and not has_logits(bank):
         raise RequirementError(
@@ -283,6 +255,8 @@ def _check_logits(
     if cfg.logits == "live" and teacher is None:
         raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
     live = teacher is not None and cfg.logits != "stored" and labels is None
+    if not live:
+        note_topk(bank, labels, loss, notes)
     if not live and plan.augment != "none":
         notes.append(
             f"stored logits belong to the images as they are, but augment is {plan.augment}: the student is told the "
