@@ -118,7 +118,8 @@ class Pt(Format):
         found = source.bank.transform() if self.space == "training" else None
         if found:
             write_torch(folder / "transform.pt", {k: TensorPlan.of(v) for k, v in sorted(found[0].items())})
-        return {"space": self.space, "learning_rate": rate, "labels": label}
+        tensors = sorted(entry.name for entry in folder.glob("*.pt"))
+        return {"tensors": tensors, "space": self.space, "learning_rate": rate, "labels": label}
 
     def _pieces(self, column: str, advance: Callable[[int], None]) -> Iterator[np.ndarray]:
         for _, piece in self.source.pieces([column]):

@@ -65,8 +65,8 @@ class Source:
 
     def row_shape(self, column: str) -> tuple[int, ...]:
         """Shape of one row of `column`."""
-        if column in TOPK[:2]:
-            return (self.top_k or 0,)
+        if column in TOPK:  # of the bank or of the label set
+            return (self.top_k or 0,) if column in TOPK[:2] else ()
         return row_shape(column, self.spec)
 
     def dtype(self, column: str) -> np.dtype:
