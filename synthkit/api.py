@@ -32,7 +32,8 @@ def synthesize(method: str = "cudfkd", *, teacher: PathLike | None = None, **opt
     """
     from synthkit.synthesis.engine import synthesize as run
 
-    return run(parse_config("synthesize", _values("synthesize", method, {"teacher": teacher, **options})))
+    values = options if teacher is None else {"teacher": teacher, **options}
+    return run(parse_config("synthesize", _values("synthesize", method, values)))
 
 
 def distill(bank: PathLike | Bank, student: PathLike, *, loss: str = "kd", **options: Any) -> RunResult:

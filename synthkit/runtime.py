@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from synthkit.bank.storage import host
 from synthkit.config.schema import RuntimeConfig
 from synthkit.errors import ConfigError, RunError, StorageError
 
@@ -269,7 +270,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write bytes so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp-{platform.node()}-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{host()}-{os.getpid()}")
     with storage_errors(path):
         try:
             with open(temporary, "wb") as file:

@@ -15,6 +15,8 @@ from synthkit.errors import ConfigError
 
 METHODS: dict[str, str] = {
     "cudfkd": "synthkit.synthesis.generator.cudfkd:CuDFKD",
+    "noise": "synthkit.synthesis.selection.noise:Noise",
+    "random_real": "synthkit.synthesis.selection.random_real:RandomReal",
 }
 
 LOSSES: dict[str, str] = {

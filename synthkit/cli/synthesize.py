@@ -19,12 +19,13 @@ def main(argv: Sequence[str]) -> int:
         print(parsed.text)
         return 0
     from synthkit.runtime import RunDir
-    from synthkit.synthesis.engine import synthesize
+    from synthkit.synthesis.engine import run_folder, synthesize
 
     bank = synthesize(parsed.config)
-    run = RunDir(bank.path).read_json("run.json") or {}
+    run = RunDir(run_folder(parsed.config, bank.path)).read_json("run.json") or {}
     if parsed.json:
-        print_json({"path": str(bank.path), "images": len(bank), **{k: v for k, v in run.items() if k != "config"}})
+        facts = {"path": str(bank.path), "images": len(bank), "complete": bank.complete}
+        print_json({**facts, **{k: v for k, v in run.items() if k != "config"}})
     else:
         print("\n".join(summary_lines(bank, run)))
     return 0
@@ -41,5 +42,8 @@ def summary_lines(bank: Bank, run: dict[str, Any]) -> list[str]:
         )
     for text, count in (run.get("warnings") or {}).items():
         lines.append(f"  warning ({count}x): {text}")
+    if not bank.complete:
+        lines.append("  unfinished: other workers (--shards I/N) still have to make the rest, in any order")
+        return lines
     lines.append(f"next: synthkit distill --bank {bank.path} --student NAME, or synthkit bank show {bank.path}")
     return lines

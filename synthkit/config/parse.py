@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(schema.EvaluateConfig),
 }
 
-PLACE_ONLY = ("out", "resume", "eval_data", "eval_every", "runtime")
+PLACE_ONLY = ("out", "resume", "shards", "eval_data", "eval_every", "runtime")
 """Fields that say where and how a run computes or what it reports, not what it makes: not part of `config_hash`."""
 
 
@@ -226,6 +226,8 @@ class _Build:
             part = _instance(self.plugin_config, values.pop(self.plugin, None) or {})
             values.update({self.plugin: part, f"{self.plugin}_name": self.name})
         _check_tables(values)
+        if self.command == "synthesize":
+            _check_needs(values, tables.lookup("method", self.name).requires)
         return _instance(self.spec.config, values)
 
     def help(self) -> str:
@@ -336,6 +338,20 @@ def _check_tables(values: Mapping[str, Any]) -> None:
         if protocol not in PROTOCOLS:
             names = ["auto", *PROTOCOLS]
             raise ConfigError("protocol: not known", got=protocol, allowed=names, hint="synthkit list protocols")
+
+
+def _check_needs(values: Mapping[str, Any], requires: Any) -> None:
+    """Refuse a synthesize config that lacks what its method cannot work without, or counts its images twice."""
+    name, hint = values["method_name"], f"see synthkit synthesize --method {values['method_name']} --help"
+    if requires.teacher and values.get("teacher") is None:
+        raise ConfigError(f"synthesize: --teacher is needed by method {name}", hint=hint)
+    if requires.real_data and values.get("data") is None:
+        raise ConfigError(f"synthesize: --data is needed by method {name} (for example --data cifar10:DIR)", hint=hint)
+    if values.get("images") is not None and values.get("ipc") is not None:
+        raise ConfigError("synthesize: --images and --ipc exclude each other", hint="leave one of them out")
+    for key in ("images", "ipc", "images_per_shard"):
+        if values.get(key) is not None and values[key] < 1:
+            raise ConfigError(f"{key}: must be at least 1", got=values[key])
 
 
 def _metavar(option: Option) -> str:

@@ -28,16 +28,20 @@ class RuntimeConfig:
 class SynthesizeConfig:
     """`synthkit synthesize`: make a bank of images from a trained classifier."""
 
-    teacher: str
-    """Model spec: NAME, NAME@FILE, a card, a run directory, timm:NAME, torchvision:NAME."""
     method: Any
     """Config of the synthesis method (flags --method.*)."""
     method_name: str = "cudfkd"
     """Name in the method table (flag --method NAME)."""
+    teacher: str | None = None
+    """Model spec: NAME, NAME@FILE, a card, a run directory, timm:NAME, torchvision:NAME. Most methods need one."""
+    data: str | None = None
+    """Data spec of real images, for methods that use them (synthkit list datasets); its train split is read."""
     curriculum: str = "easy2hard"
     """Curriculum variant: easy2hard, none or a named variant (synthkit list curricula)."""
-    images: int = 50_000
-    """Images in the finished bank."""
+    images: int | None = None
+    """Images in the finished bank; none is 50,000, or `ipc` times the classes."""
+    ipc: int | None = None
+    """Images per class, instead of `images`."""
     images_per_shard: int | None = None
     """Images per shard; none plans 20 shards or more, of at most 64 MiB."""
     seed: int = 0
@@ -46,6 +50,8 @@ class SynthesizeConfig:
     """Bank directory; none makes banks/METHOD-TEACHER-HASH."""
     resume: bool = False
     """Go on with the unfinished bank in `out`."""
+    shards: str | None = None
+    """I/N: make only the I-th of N equal parts of the shards, as one of N processes on one bank (I from 1 to N)."""
     eval_data: str | None = None
     """Labelled data for a diagnostic accuracy curve of the co-trained student; never used for any decision."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

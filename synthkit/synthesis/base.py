@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from synthkit.synthesis.curriculum import Curriculum
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from synthkit.data.real import RealData
     from synthkit.models.view import ModelView, TeacherView
     from synthkit.runtime import Runtime
 
@@ -36,7 +37,35 @@ class Requires:
     grad: bool = True
     """Gradients through the teacher (a black-box teacher has none)."""
     shardable: bool = False
-    """Shards are independent, so `--shards I/N` may split the work."""
+    """Shards are independent (`generate_shard` makes one alone), so `--shards I/N` may split the work."""
+    curriculum: bool = True
+    """Whether the curriculum changes what is made; else it is no part of the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Makes:
+    """What kind of bank a method makes; the bank, its card and every copy of it say so."""
+
+    label_kind: Literal["argmax", "target", "real"] = "argmax"
+    """What the labels mean. Argmax without a teacher means that there are none."""
+    contains_real: bool = False
+    """Whether the images are, or start from, real pixels of the task's data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What images of a task look like and which classes they have: the teacher's word, else the data's."""
+
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+    num_classes: int
+    """Number of classes."""
+    mean: list[float]
+    """Channel means for normalisation, in [0, 1] pixel space."""
+    std: list[float]
+    """Channel standard deviations."""
+    class_names: list[str] | None = None
+    """One name per class."""
 
 
 @dataclass(kw_only=True)
@@ -89,18 +118,43 @@ class Task:
     """Called with the number of steps done since the last call, for the progress line (may be None)."""
     eval_hook: Any = None
     """Called with the co-trained student view; returns diagnostic figures or None. Never used for decisions."""
+    data: RealData | None = None
+    """Real images in the teacher's size and class order, or none; only for methods that declare it."""
+    spec: ImageSpec | None = None
+    """Size and classes of the images; none takes the teacher's (see `image_spec`)."""
+    images_per_shard: int | None = None
+    """Images in every shard but the last; none is one shard."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Family-specific parts (real data, several teachers' weights, ...)."""
+    """Family-specific parts (several teachers' weights, ...)."""
 
     @property
     def teacher(self) -> TeacherView:
         """The only, or first, teacher."""
         return self.teachers[0]
 
+    @property
+    def image_spec(self) -> ImageSpec:
+        """Size and classes of the images to make."""
+        if self.spec is not None:
+            return self.spec
+        t = self.teacher
+        return ImageSpec(
+            shape=t.input_size, num_classes=t.num_classes, mean=t.mean, std=t.std, class_names=t.class_names
+        )
+
+    @property
+    def per_shard(self) -> int:
+        """Images in every shard but the last."""
+        return self.images_per_shard or self.images
+
     def seed_of(self, name: str) -> int:
         """A 63-bit seed for the stream called `name`, independent of all other streams."""
         sequence = np.random.SeedSequence([self.seed, zlib.crc32(name.encode())])
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def numpy_rng(self, name: str, *numbers: int) -> np.random.Generator:
+        """A numpy generator for the stream called `name` and the place `numbers` in it (a shard, a row, a class)."""
+        return np.random.default_rng(np.random.SeedSequence([self.seed, zlib.crc32(name.encode()), *numbers]))
 
     def rng(self, name: str, device: Any = None) -> torch.Generator:
         """A torch generator for the stream called `name` on the run's device."""
@@ -113,6 +167,7 @@ class Synthesizer(Protocol):
     """One synthesis method."""
 
     requires: ClassVar[Requires]
+    makes: ClassVar[Makes] = Makes()
     Config: ClassVar[type]
     step: int
     total_steps: int
@@ -122,6 +177,10 @@ class Synthesizer(Protocol):
     def generate(self) -> Iterator[ImageBatch]:
         """Yield `task.images` images in all; while paused at a yield, `state_dict` is enough to go on."""
         ...
+
+    # With `Requires(shardable=True)` also:
+    # def generate_shard(self, index: int, count: int) -> Iterator[ImageBatch]:
+    #     """Yield the `count` images of shard `index`, a pure function of (seed, index); no state is kept."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dict of tensors, numbers and strings."""

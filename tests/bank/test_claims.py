@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -360,7 +360,7 @@ class Schedule:
         return outcome
 
 
-def race(path: Path, seed: int, arrays: dict[str, dict[str, np.ndarray]]) -> dict[str, BaseException | None]:
+def race(path: Path, seed: int, arrays: Mapping[str, Any]) -> dict[str, BaseException | None]:
     """Two writers of shard 0 whose system calls alternate as `seed` says."""
     with pytest.MonkeyPatch.context() as patch:
         schedule = Schedule(seed, patch)
@@ -394,7 +394,7 @@ def test_two_writers_of_one_shard_in_many_orders(tmp_path, leftover):
 
 
 def test_two_writers_of_equal_bytes(tmp_path):
-    arrays = dict.fromkeys(("first", "second"), shard_arrays(make_spec(), 0))
+    arrays: dict[str, Any] = {name: shard_arrays(make_spec(), 0) for name in ("first", "second")}
     both = 0
     for seed in range(20):
         path = BankWriter.create(tmp_path / f"b{seed}", make_spec()).path

@@ -27,7 +27,7 @@ from synthkit.models.generators import build_generator
 from synthkit.models.view import TeacherView
 from synthkit.models.weights import save_weights
 from synthkit.runtime import RunDir
-from synthkit.synthesis import engine
+from synthkit.synthesis import engine, run
 from synthkit.synthesis.generator.cudfkd import CuDFKD
 from synthkit.synthesis.generator.loop import GeneratorLoop
 
@@ -301,7 +301,7 @@ def test_a_teacher_without_batchnorm(tmp_path, capsys):
 
 
 def test_too_little_memory_is_said(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine, "free_memory", lambda runtime: 1)
+    monkeypatch.setattr(run, "free_memory", lambda runtime: 1)
     engine.synthesize(config(teacher, tmp_path / "bank"))
     assert "lower --method.batch_size" in capsys.readouterr().err
 

@@ -1,0 +1,233 @@
+"""A sequential run: one process makes all shards in order and can be killed at any moment.
+
+After every full shard the method's state is stored *before* the shard is committed, so that the newest state that the
+committed shards reach always exists, and a resumed run ends with the same bytes (same hardware and thread count).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from synthkit.bank import BankWriter
+from synthkit.bank.state import entries
+from synthkit.errors import RunError
+from synthkit.lazy import torch
+from synthkit.runtime import RunDir, Runtime, format_bytes, format_seconds
+from synthkit.synthesis.base import ImageBatch, Synthesizer, Task, flatten_state, unflatten_state
+from synthkit.synthesis.columns import COLUMNS, arrays_of
+from synthkit.synthesis.record import RunRecord
+
+if TYPE_CHECKING:
+    from synthkit.models.view import ModelView, TeacherView
+
+LONG = 6 * 3600  # seconds after which a newcomer is told how to make it shorter
+
+
+class Evaluation:
+    """Diagnostic accuracy on labelled data: measured, logged, never used for any decision."""
+
+    def __init__(self, data_spec: str, teacher: TeacherView):
+        from synthkit.data.specs import load_data
+        from synthkit.evaluation.metrics import evaluate_classifier
+
+        self._evaluate = evaluate_classifier
+        self.data = load_data(data_spec, "test", size=teacher.input_size)
+        found = evaluate_classifier(teacher, self.data)
+        self.teacher, self.teacher_top1 = teacher, found["top1"]
+        self.warnings = list(found.get("warnings", []))
+
+    def __call__(self, student: ModelView) -> dict[str, float]:
+        found = self._evaluate(student, self.data, teacher=self.teacher)
+        return {"test_top1": found["top1"], "test_agreement": found["agreement"], "test_n": found["n"]}
+
+
+class Run:
+    """One run over the missing shards of a bank."""
+
+    def __init__(
+        self,
+        writer: BankWriter,
+        method: Synthesizer,
+        task: Task,
+        record: RunRecord,
+        evaluation: Evaluation | None = None,
+        licence: str | None = None,
+    ):
+        self.config, self.writer, self.method, self.task = record.config, writer, method, task
+        self.record, self.evaluation, self.licence, self.runtime = record, evaluation, licence, task.runtime
+        self.pending: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self.ahead = 0  # states of later shards, which a run that re-makes a lost shard must not push out
+
+    def unfinished(self) -> bool:
+        """Whether shards are missing, or only the closing record of a run that was killed after its last shard."""
+        if self.writer.missing():
+            return True
+        found = self.writer.load_state()
+        return self.record.status != "complete" and found is not None and found[0] == self.writer.shards
+
+    def run(self) -> None:
+        """Generate until the last shard is committed."""
+        first = self.resume()
+        self._steps_before = self.method.step
+        if first == 0:
+            announce(self.method, self.writer, self.record)
+        self.record.begin(first)
+        with self.runtime.progress(
+            self.method.total_steps, f"{self.config.method_name} steps", initial=self.method.step
+        ) as bar:
+            self.record.bar = bar
+            self.task.tick = bar.update
+            self.task.log = self.record.log
+            self.task.warn = self.record.warn
+            if self.evaluation:
+                self.task.eval_hook = self._evaluate_now
+            self._shards(first, self.method.generate())
+        self.record.progress(self.method.step - self._steps_before)
+        if self.method.step < self.method.total_steps:
+            self._load_state()  # a repaired bank was whole before the end; the state of the end may still be there
+        result: dict[str, Any] = {}
+        student = self.method.student()
+        if student is not None and self.evaluation and self.method.step >= self.method.total_steps:
+            result["student"] = {**self.evaluation(student), "teacher_top1": self.evaluation.teacher_top1}
+        self.record.write("complete", **result)
+        images = self.writer.spec.images
+        self.runtime.say(f"bank {self.writer.path}: {images} images in {format_seconds(self.record.seconds)}")
+
+    def resume(self) -> int:
+        """Load the newest state that the committed shards reach; returns the first shard to make."""
+        first = self._load_state()
+        self.ahead = sum(1 for index in entries(self.writer.path / "state") if index > first)
+        if first:
+            self.runtime.say(f"resuming at shard {first} of {self.writer.shards}, step {self.method.step}")
+        return first
+
+    def _load_state(self) -> int:
+        found = self.writer.load_state()
+        if found is None:
+            return 0
+        index, arrays, meta = found
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+        pending = {name: tensors.pop(f"pending/{name}") for name in COLUMNS if f"pending/{name}" in tensors}
+        self.pending = {name: [pending[name].numpy()] if name in pending else [] for name in COLUMNS}
+        self.method.load_state_dict(unflatten_state(tensors, meta["plain"]))
+        return index
+
+    def _shards(self, first: int, batches: Iterator[ImageBatch]) -> None:
+        missing = set(self.writer.missing())  # after a repair: lost shards among whole ones
+        for index in range(first, self.writer.shards):
+            size = self.writer.shard_size(index)
+            while self._pending_images() < size:
+                batch = next(batches, None)
+                if batch is None:
+                    made = index * self.writer.spec.per_shard + self._pending_images()
+                    raise RunError(
+                        f"{self.config.method_name} stopped after {made} of {self.writer.spec.images} images",
+                        hint="an error of the method: it must yield as many as it is asked for",
+                    )
+                self._take(batch)
+            columns = {name: np.concatenate(parts) for name, parts in self.pending.items() if parts}
+            self.pending = {name: [values[size:]] if len(values) > size else [] for name, values in columns.items()}
+            self.pending = {name: self.pending.get(name, []) for name in COLUMNS}
+            self._save_state(index + 1)
+            last = index == self.writer.shards - 1
+            self._save_snapshot(index)
+            if last:
+                self._save_student()
+            shard = {name: values[:size] for name, values in columns.items()}
+            shard["origin_seed"] = np.full(size, self.config.seed, np.uint64)
+            if index in missing:
+                self.writer.write_shard(index, shard, {"step": self.method.step})
+                missing.discard(index)
+            self.writer.prune_states(keep=2 + self.ahead if missing else 1)
+            self.record.progress(self.method.step - self._steps_before)
+            if not missing:
+                return
+
+    def _pending_images(self) -> int:
+        return sum(len(part) for part in self.pending["images"])
+
+    def _take(self, batch: ImageBatch) -> None:
+        for name, array in arrays_of(batch).items():
+            self.pending[name].append(array)
+
+    def _save_state(self, index: int) -> None:
+        tensors, plain = flatten_state(self.method.state_dict())
+        arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
+        arrays |= {f"pending/{name}": np.concatenate(parts) for name, parts in self.pending.items() if parts}
+        self.writer.save_state(index, arrays, {"plain": plain})
+
+    def _save_snapshot(self, index: int) -> None:
+        count = getattr(self.config.method, "snapshots", 0)
+        shards = self.writer.shards
+        half = shards // 2
+        wanted = {shards - 1 - (i * (shards - half)) // count for i in range(count)} if count else set()
+        snapshot = self.method.snapshot() if index in wanted else None
+        if snapshot is not None:
+            arrays = {name: value.detach().cpu().numpy() for name, value in snapshot.state.items()}
+            self.writer.write_generator(index, arrays, {"generator": snapshot.spec, "step": snapshot.step})
+
+    def _save_student(self) -> None:
+        student = self.method.student()
+        if student is None:
+            return
+        from synthkit.models.card import ModelCard
+        from synthkit.models.weights import file_sha256, save_weights
+
+        folder = RunDir(self.writer.path / "student").create().path
+        weights = folder / "student.safetensors"
+        save_weights(student.module, weights)
+        ModelCard(
+            arch=getattr(self.method, "student_arch", "unknown"),
+            num_classes=student.num_classes,
+            input_size=student.input_size,  # type: ignore[arg-type]  # three whole numbers
+            mean=student.mean,
+            std=student.std,
+            weights=weights.name,
+            sha256=file_sha256(weights),
+            class_names=student.class_names,
+            source=f"co-trained by synthkit {self.config.method_name} from {self.config.teacher}",
+            licence=self.licence,
+            extra={"teacher": self.config.teacher, "bank": str(self.writer.path)},
+        ).save(folder / "card.yaml")
+
+    def _evaluate_now(self, student: ModelView, epoch: int) -> dict[str, float] | None:
+        epochs = getattr(self.config.method, "epochs", 1)
+        every = max(1, epochs // 40)
+        if epoch % every and epoch != epochs - 1:
+            return None
+        assert self.evaluation is not None  # the hook is only set with one
+        return self.evaluation(student)
+
+
+def announce(method: Synthesizer, writer: BankWriter, record: RunRecord) -> None:
+    """Say how long a run will take and what it needs, before it begins."""
+    estimate = method.estimate()
+    spec, runtime = writer.spec, record.runtime
+    runtime.say(
+        f"about {format_seconds(estimate['seconds'])} and {format_bytes(estimate['memory_bytes'])} of memory for"
+        f" {method.total_steps} steps; {spec.images} images of {spec.shape} in {spec.shards} shards"
+        f" ({format_bytes(spec.planned_bytes)}) under {writer.path}",
+    )
+    if estimate["seconds"] > LONG:
+        runtime.say(
+            "that is long: lower --method.epochs, --method.batch_size or --method.width, or take a shipped recipe"
+            " (synthkit list recipes); a run stopped with Ctrl-C goes on with --resume",
+        )
+    free = free_memory(runtime)
+    if estimate["memory_bytes"] > free:
+        record.warn(
+            f"the run needs about {format_bytes(estimate['memory_bytes'])}, {format_bytes(free)} are free;"
+            " lower --method.batch_size"
+        )
+
+
+def free_memory(runtime: Runtime) -> int:
+    """Free bytes on the run's device (on the CPU: available memory)."""
+    if runtime.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(runtime.device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
