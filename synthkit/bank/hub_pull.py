@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from synthkit.bank import seal
 from synthkit.bank.errors import HubError
@@ -251,8 +251,8 @@ class _Fetch:
         headers = self._api._build_hf_headers(token=self._token)
         with open(part, "ab") as stream, hub_errors(self._repo, f"fetching {wanted.name}"):
             bounded = _Bounded(stream, have, remote.size, wanted.name, self._arrived)
-            http_get(url, bounded, resume_size=have, headers=headers, expected_size=remote.size,
-                     displayed_filename=wanted.name)  # type: ignore[arg-type]  # fmt: skip
+            http_get(url, cast(BinaryIO, bounded), resume_size=have, headers=headers, expected_size=remote.size,
+                     displayed_filename=wanted.name)  # fmt: skip
         size = part.stat().st_size
         if size != remote.size:
             raise HubError(f"hub: {wanted.name} ended after {size:,} of {remote.size:,} bytes", hint="pull again")

@@ -41,8 +41,7 @@ class LocalFile:
     """A file to push: its name in the repository, and where its bytes are."""
 
     name: str
-    path: Path | None
-    data: bytes | None
+    content: Path | bytes
     size: int
 
 
@@ -137,11 +136,11 @@ def bank_files(bank: Bank, manifest: dict[str, Any], sets: list[str]) -> list[Lo
         names += [f"{folder}/{n}" for n in sorted(names_in(bank.path / folder))]
     names += ["bank.json", "manifest.json"]
     found = [_local(bank.path, name) for name in names if is_bank_file(name)]
-    return [*found[:-1], LocalFile("README.md", None, data, len(data)), found[-1]]
+    return [*found[:-1], LocalFile("README.md", data, len(data)), found[-1]]
 
 
 def _local(root: Path, name: str) -> LocalFile:
-    return LocalFile(name, root / name, None, regular_size(root / name))
+    return LocalFile(name, root / name, regular_size(root / name))
 
 
 def _prepare(api: Any, repo: Repo, private: bool) -> str:
@@ -163,15 +162,11 @@ def _refuse_other(bank: Bank, repo: Repo, there: dict[str, RemoteFile], replace:
 def _same(file: LocalFile, remote: RemoteFile | None) -> bool:
     if remote is None or remote.size != file.size:
         return False
+    content = file.content
     if remote.sha256 is not None:
-        digest = hashlib.sha256(file.data).hexdigest() if file.data is not None else file_sha256(_path(file))
+        digest = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
         return digest == remote.sha256
-    return git_blob_sha1(file.data if file.data is not None else _path(file).read_bytes()) == remote.blob
-
-
-def _path(file: LocalFile) -> Path:
-    assert file.path is not None
-    return file.path
+    return git_blob_sha1(content if isinstance(content, bytes) else content.read_bytes()) == remote.blob
 
 
 def _upload(
@@ -188,8 +183,7 @@ def _upload(
     for piece in _pieces(files):
         operations = []
         for file in piece:
-            source = str(file.path) if file.path is not None else file.data
-            operations.append(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=source))
+            operations.append(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file.content))
         with hub_errors(repo, "uploading"):
             api.preupload_lfs_files(additions=operations, **where)
         adds |= {operation.path_in_repo: operation for operation in operations}

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from synthkit.bank.imports.own import export_format
 from synthkit.bank.imports.source import ImportOptions, Source
 from synthkit.errors import DataError, UsageError
 
@@ -28,6 +30,9 @@ IMPORTERS: dict[str, tuple[str, str]] = {
     "mds": ("mds", "MosaicML streaming shards with index.json"),
 }
 
+_SUFFIXES = {".npz": "npz", ".pt": "pt", ".pth": "pt", ".safetensors": "safetensors", ".parquet": "parquet",
+             ".tar": "webdataset"}  # fmt: skip
+
 __all__ = ["IMPORTERS", "ImportOptions", "guess", "import_bank", "open_source"]
 
 
@@ -39,27 +44,34 @@ def guess(path: Path) -> str:
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist")
-    by_suffix = {".npz": "npz", ".pt": "pt", ".pth": "pt", ".safetensors": "safetensors", ".parquet": "parquet",
-                 ".tar": "webdataset"}  # fmt: skip
     if path.is_file():
-        if path.suffix.lower() in by_suffix:
-            return by_suffix[path.suffix.lower()]
+        if path.suffix.lower() in _SUFFIXES:
+            return _SUFFIXES[path.suffix.lower()]
         raise DataError(f"{path}: what format is it?", got=path.suffix, hint=f"give --format: {', '.join(IMPORTERS)}")
     if (path / "bank.json").exists():
         raise DataError(f"{path}: is a bank already", hint="copy the folder, or use: synthkit bank merge")
+    ours = export_format(path)
+    if ours in IMPORTERS:
+        return ours
     if (path / "index.json").is_file():
         return "mds"
     if (path / "labels.csv").is_file():
         return "imagefolder"
-    inside = [p for pattern in ("*", "*/*") for p in path.glob(pattern)]
-    for suffix, kind in ((".tar", "webdataset"), (".parquet", "parquet")):
+    inside = _glance(path)
+    for suffix in (".tar", ".parquet", ".npz", ".safetensors"):
         if any(p.suffix == suffix for p in inside):
-            return kind
+            return _SUFFIXES[suffix]
     if any((path / name).is_file() for name in ("images_best.pt", "images.pt", "images_last.pt")):
         return "pt"
     if any(p.is_dir() for p in inside):
         return "imagefolder"
     raise DataError(f"{path}: nothing in it is of a known format", hint=f"give --format: {', '.join(IMPORTERS)}")
+
+
+def _glance(folder: Path, most: int = 100) -> list[Path]:
+    """What lies in `folder`, and the first things in its first folders: enough to know the kind, of any size."""
+    top = sorted(folder.iterdir())
+    return top + [p for place in top[:most] if place.is_dir() for p in itertools.islice(place.iterdir(), most)]
 
 
 def open_source(src: str | Path, format: str = "auto", options: ImportOptions | None = None) -> Source:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from synthkit.bank import state
 from synthkit.bank.imports.columns import Column, small, together
 from synthkit.bank.imports.labels import Labels, read_labels
+from synthkit.bank.imports.own import require_fit
 from synthkit.bank.imports.pixels import Meaning, axes_of, meaning_of, to_nchw, to_uint8
 from synthkit.bank.imports.source import (
     ImportOptions,
@@ -20,7 +22,7 @@ from synthkit.bank.imports.source import (
     unlabelled_error,
 )  # fmt: skip
 from synthkit.bank.shard import COLUMNS, TOPK
-from synthkit.errors import DataError
+from synthkit.errors import DataError, UsageError
 
 IMAGE_KEYS = ("images", "image", "x", "data", "imgs", "pixels")
 LABEL_KEYS = ("labels", "label", "y", "targets", "target")
@@ -136,8 +138,9 @@ def source_from_arrays(
     for key, column in columns.items():
         if not column.shape or column.shape[0] != count:
             raise DataError(f"{what}: {count} images, but {key} has shape {column.shape}")
-    axes = axes_of(images.shape, options, what)
+    axes = "nchw" if own else axes_of(images.shape, options, what)
     shape = _shape(images.shape, axes)
+    require_fit(own, count, shape, what)
     mean, std = options.mean, options.std
     mean = mean or number_list(arrays, "mean", what) or (own or {}).get("mean")
     std = std or number_list(arrays, "std", what) or (own or {}).get("std")
@@ -146,6 +149,8 @@ def source_from_arrays(
             raise DataError(f"{what}: images have {shape[0]} channels, {key} has {len(value)} numbers")
     meaning = meaning_of(images, axes, options, what, mean, std)
     labels = None if "labels" not in columns else read_labels(columns["labels"], count, what)
+    if labels is not None and own is not None and own["files"].get("labels") == "logits":
+        labels.form = "logits"  # whatever their numbers look like
     if labels is None and not options.unlabelled and (own or {}).get("label_kind") != "none":
         raise unlabelled_error(what)
     names = class_names or text_list(arrays, "class_names", what) or (labels.names if labels else None)
@@ -155,7 +160,10 @@ def source_from_arrays(
     rates = [r for key in RATE_KEYS for r in number_list(arrays, key, what) or []]
     columns = _usable(columns, shape, num_classes, what)
     size = options.size or shape
-    extra = FloatColumn(columns, meaning, shape[0], size == shape)
+    extra = FloatColumn(columns, meaning, size == shape)
+    transform, facts = extra.transform, {"kind": "affine"}
+    if own is not None and (extra.column or "images_f16" in columns):
+        transform, facts = _own_transform(arrays, own, what)
     notes = [*(labels.notes if labels else []), *extra.notes]
 
     def rows() -> Iterator[Rows]:
@@ -167,7 +175,8 @@ def source_from_arrays(
         kind=kind, name=name, count=count, shape=size, num_classes=num_classes, class_names=names,
         label_kind="none" if labels is None else labels.kind, rows=rows,
         top_k=columns["topk_index"].shape[1] if "topk_index" in columns else None,
-        transform=extra.transform, mean=mean, std=std, learning_rate=rates[0] if rates else None, own=own, notes=notes,
+        transform=transform, transform_facts=facts, mean=mean, std=std, own=own, notes=notes,
+        learning_rate=rates[0] if rates else None,
     )  # fmt: skip
 
 
@@ -210,9 +219,13 @@ def _usable(
 
 
 class FloatColumn:
-    """Whether images_f16 is written, and what its transform is."""
+    """Whether images_f16 is written, and what its transform is.
 
-    def __init__(self, columns: Mapping[str, Column], meaning: Meaning, channels: int, own_size: bool):
+    Floats in [0,1] that uint8 cannot hold are pixels, and need no transform. Normalised ones are kept as they are, with
+    the affine transform that made them.
+    """
+
+    def __init__(self, columns: Mapping[str, Column], meaning: Meaning, own_size: bool):
         self.column: bool = False
         self.transform: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
         self.notes: list[str] = []
@@ -222,10 +235,33 @@ class FloatColumn:
             self.notes.append("--size: the images are rounded to uint8 and then scaled; the float pixels are not kept")
             return
         self.column = True
-        arrays = {"mean": np.asarray(meaning.mean or [0.0] * channels, np.float32),
-                  "std": np.asarray(meaning.std or [1.0] * channels, np.float32)}  # fmt: skip
-        self.transform = (arrays, {"formula": "images_f16 = (pixel - mean) / std"})
         self.notes.append("float pixels are kept as fp16 (images_f16); images is their viewable uint8 version")
+        if meaning.values == "normalised":
+            arrays = {"mean": np.asarray(meaning.mean, np.float32), "std": np.asarray(meaning.std, np.float32)}
+            self.transform = (arrays, {"formula": "images_f16 = (pixel - mean) / std"})
+
+
+def _own_transform(
+    arrays: Mapping[str, Column], own: dict[str, Any], what: str
+) -> tuple[tuple[dict[str, np.ndarray], dict[str, Any]] | None, dict[str, Any]]:
+    """((arrays, meta), facts) of the transform that our own export carries as `transform.NAME`.
+
+    Raises:
+        DataError: the arrays are not those that its record names.
+    """
+    facts = {k: v for k, v in own["transform"].items() if k != "sha256"}
+    if not facts:
+        return None, {}
+    found = {k.removeprefix("transform."): small(v, what) for k, v in arrays.items() if k.startswith("transform.")}
+    if not found:
+        return None, {}
+    try:
+        digest = state.transform_entry(arrays=found, **facts)["sha256"]
+    except (UsageError, TypeError) as error:
+        raise DataError(f"{what}: the transform is malformed ({error})") from error
+    if digest != own["transform"].get("sha256"):
+        raise DataError(f"{what}: its transform is not the one that its record names", got=digest[:16] + "...")
+    return (found, {}), facts
 
 
 def _converted(

@@ -26,10 +26,11 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     if (path / NAME).is_file():
         return open_table(path, options)
     files, labels, names, notes = _class_files(path, options)
-    num_classes, class_names = settle_classes(str(path), len(names) - 1, names, options)
     if options.class_names is not None and names:
         labels, more = _by_name(labels, names, options.class_names, str(path))
         notes += more
+    largest = max(labels) if options.class_names is not None else len(names) - 1
+    num_classes, class_names = settle_classes(str(path), 0 if options.unlabelled else largest, names, options)
     survey = Survey(str(path), options)
     for file in files:
         survey.add(file, str(file))

@@ -18,7 +18,7 @@ import numpy as np
 
 from synthkit.bank.imports.encoded import MAX_FILE, Survey, decode, decode_rows
 from synthkit.bank.imports.labels import Seen, classes_of
-from synthkit.bank.imports.own import record_beside
+from synthkit.bank.imports.own import record_of, require_fit
 from synthkit.bank.imports.source import ImportOptions, Rows, Source, refuse_link, unlabelled_error
 from synthkit.bank.shard import COLUMNS
 from synthkit.bank.storage import read_json
@@ -42,7 +42,7 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     """
     refuse_link(path)
     shards = [_Shard(path, raw, number) for number, raw in enumerate(_index(path))]
-    own = record_beside(path)
+    own = record_of(path, "mds")
     fields = {name for shard in shards for name in shard.fields}
     image = next((n for n in _IMAGE_NAMES if all(n in s.fields for s in shards)), None)
     label = next((n for n in _LABEL_NAMES if all(n in s.fields for s in shards)), None)
@@ -61,6 +61,8 @@ def open_source(path: Path, options: ImportOptions) -> Source:
         top_k = len(next(_samples(shards, ["topk_index"]))[1]["topk_index"])
     num_classes, class_names = classes_of(str(path), seen, (own or {}).get("class_names"), options, own)
     shape = survey.shape
+    if options.size is None:
+        require_fit(own, survey.count, shape, str(path))
 
     def rows() -> Iterator[Rows]:
         held: list[tuple[str, Sample]] = []

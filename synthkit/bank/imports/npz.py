@@ -7,8 +7,8 @@ from pathlib import Path
 
 from synthkit.bank.imports.arrays import source_from_arrays
 from synthkit.bank.imports.columns import Column, NpyMember, zip_errors
-from synthkit.bank.imports.own import record_in_arrays
-from synthkit.bank.imports.source import ImportOptions, Source, refuse_link
+from synthkit.bank.imports.own import record_of
+from synthkit.bank.imports.source import ImportOptions, Source, one_file, refuse_link
 from synthkit.errors import DataError
 
 MAX_MEMBERS = 1000
@@ -20,7 +20,8 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     Raises:
         DataError: not an npz, pickled objects, shapes that the file does not hold, or arrays that mean nothing clear.
     """
-    refuse_link(path)
+    own = record_of(path, "npz")
+    path = one_file(refuse_link(path), ".npz")
     with zip_errors(path), zipfile.ZipFile(path) as archive:
         members = archive.namelist()
     if len(members) > MAX_MEMBERS or len(set(members)) < len(members):
@@ -28,5 +29,4 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     arrays: dict[str, Column] = {m.removesuffix(".npy"): NpyMember(path, m) for m in members if m.endswith(".npy")}
     if not arrays:
         raise DataError(f"{path}: holds no .npy arrays", got=members[:10])
-    own = record_in_arrays(arrays, str(path))
     return source_from_arrays(arrays, options, kind="npz", what=str(path), name=path.name, own=own)

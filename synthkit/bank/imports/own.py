@@ -3,82 +3,82 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from synthkit.bank.imports.columns import Column, small
 from synthkit.bank.spec import LABEL_KINDS, MAX_CLASSES, MAX_IMAGES, MAX_SIDE
-from synthkit.bank.storage import parse_json, read_json
+from synthkit.bank.storage import read_json
 from synthkit.errors import BankError, DataError
 
 FILE = "synthkit.json"
-_FACTS = ("shape", "num_classes", "class_names", "mean", "std", "label_kind", "top_k", "contains_real",
+_FACTS = ("images", "shape", "num_classes", "class_names", "mean", "std", "label_kind", "top_k", "contains_real",
           "real_data_used", "left_out")  # fmt: skip
 
 
-def record_beside(path: Path) -> dict[str, Any] | None:
-    """The record of the export at `path` (a folder with synthkit.json, or a file with FILE.synthkit.json beside it).
+def export_format(folder: Path) -> str | None:
+    """The format of the export of ours that `folder` is; None where it is none (or cannot be read as one)."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        to = read_json(folder / FILE).get("to")
+    except BankError:
+        return None
+    return to if isinstance(to, str) else None
+
+
+def record_of(path: Path, kind: str) -> dict[str, Any] | None:
+    """The checked record of the export that `path` is (a folder) or belongs to (one of the files of an export).
+
+    A file counts only when the record names it: what merely lies beside an export is foreign.
+
+    Args:
+        kind: format that `path` is read as.
 
     Raises:
-        DataError: it is there, but malformed.
+        DataError: there is a synthkit.json, but it is malformed.
     """
-    where = path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}")
-    if not where.is_file() and not path.is_dir() and _names_file(path.with_name(FILE), path.name):
-        where = path.with_name(FILE)
-    if not where.is_file():
+    folders = [path] if path.is_dir() else [path.parent, path.parent.parent]
+    for folder in folders:
+        if export_format(folder) == kind:
+            break
+    else:
         return None
     try:
-        return check(read_json(where), str(where))
+        raw = read_json(folder / FILE)
     except BankError as error:
         raise DataError(str(error)) from error
-
-
-def _names_file(where: Path, name: str) -> bool:
-    """Whether a synthkit.json beside a file is about that very file."""
-    if not where.is_file():
-        return False
-    try:
-        return name in (read_json(where).get("files") or {})
-    except (BankError, TypeError):
-        return False
-
-
-def record_in_arrays(arrays: Mapping[str, Column], where: str) -> dict[str, Any] | None:
-    """The record in an array `synthkit` (text, or its UTF-8 bytes). Raises `DataError`."""
-    if "synthkit" not in arrays:
+    if not path.is_dir() and path.resolve().relative_to(folder.resolve()).as_posix() not in _texts(raw.get("files")):
         return None
-    value = small(arrays["synthkit"], f"{where}: synthkit")
-    if value.dtype == np.uint8:
-        return record_in_text(value.tobytes(), where)
-    if value.dtype.kind not in "US" or value.size != 1:
-        raise DataError(f"{where}: the array synthkit must be one text", got=f"{value.dtype} {value.shape}")
-    return record_in_text(value.reshape(()).item(), where)
+    return check(raw, str(folder / FILE)) | {"whole": path.is_dir()}
 
 
-def record_in_text(text: Any, where: str) -> dict[str, Any] | None:
-    """The record in a JSON text; None for none. Raises `DataError`."""
-    if text is None:
-        return None
-    data = text.encode() if isinstance(text, str) else text
-    if isinstance(data, dict):
-        return check(data, where)
-    if not isinstance(data, bytes):
-        raise DataError(f"{where}: the record synthkit must be text", got=type(text).__name__)
-    try:
-        return check(parse_json(data, f"{where}: synthkit"), where)
-    except BankError as error:
-        raise DataError(str(error)) from error
+def _texts(value: Any) -> Iterator[str]:
+    """Every text inside `value`."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def require_fit(own: dict[str, Any] | None, count: int, shape: tuple[int, ...], what: str) -> None:
+    """Raise `DataError` when an export does not hold what its record says: then the record says nothing of it."""
+    if own is None:
+        return
+    if tuple(own["shape"]) != tuple(shape):
+        raise DataError(f"{what}: holds images of {tuple(shape)}, its {FILE} says {tuple(own['shape'])}",
+                        hint=f"for other data than the export, move {FILE} away")  # fmt: skip
+    if count > own["images"] or (own["whole"] and count != own["images"]):
+        hint = f"the export is damaged, or something was added; move {FILE} away to import it as it is"
+        raise DataError(f"{what}: holds {count:,} images, its {FILE} says {own['images']:,}", hint=hint)
 
 
 def check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of a synthkit.json (bank/export/provenance.py, version 1) that an import uses, each of them checked.
 
     Returns:
-        uuid, root, shape, num_classes, class_names, mean, std, label_kind, top_k, transform, contains_real,
-        real_data_used, left_out of the export; images_per_shard, seed, recipe, teacher, extra of its bank.
+        uuid, root, images, shape, num_classes, class_names, mean, std, label_kind, top_k, transform, contains_real,
+        real_data_used, left_out, files of the export; images_per_shard, seed, recipe, teacher, extra of its bank.
 
     Raises:
         DataError: a field has the wrong form, or a newer synthkit wrote it.
@@ -94,11 +94,15 @@ def check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {key: raw.get(key) for key in _FACTS}
     found |= {"uuid": bank.get("uuid"), "root": bank.get("root"), "transform": _object(raw, "transform", where)}
     found |= {key: plan.get(key) for key in ("seed", "images_per_shard")}
+    found["files"] = _object(raw, "files", where)
+    rate = raw.get("learning_rate")
+    found["learning_rate"] = float(rate) if isinstance(rate, (int, float)) and not isinstance(rate, bool) else None
     found |= {key: _object(record, key, where) for key in ("recipe", "teacher", "extra")}
     sides, names = found["shape"], found["class_names"]
     checks = {
         "uuid": isinstance(found["uuid"], str) and re.fullmatch(r"[0-9a-fA-F-]{1,64}", found["uuid"]) is not None,
         "root": found["root"] is None or _is_hash(found["root"]),
+        "images": _is_int(found["images"], 1, MAX_IMAGES),
         "shape": isinstance(sides, list) and len(sides) == 3 and all(_is_int(v, 1, MAX_SIDE) for v in sides),
         "num_classes": _is_int(found["num_classes"], 1, MAX_CLASSES),
         "class_names": names is None or _is_list(names, str) and len(names) == found["num_classes"],

@@ -11,7 +11,7 @@ import numpy as np
 
 from synthkit.bank.imports.encoded import Survey, decode, decode_rows
 from synthkit.bank.imports.labels import Seen, classes_of
-from synthkit.bank.imports.own import record_beside, record_in_text
+from synthkit.bank.imports.own import record_of, require_fit
 from synthkit.bank.imports.source import ImportOptions, Rows, Source, refuse_link, unlabelled_error
 from synthkit.bank.shard import COLUMNS
 from synthkit.errors import DataError
@@ -34,9 +34,7 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     files = [refuse_link(f) for f in select_files(str(path), options.split, str(path))[0]]
     reader = pyarrow_parquet()
     tables = [_Table(reader, file) for file in files]
-    own = record_in_text(tables[0].record, str(path)) or record_beside(files[0].parent if path.is_dir() else files[0])
-    if own is None and path.is_dir():
-        own = record_beside(path)
+    own = record_of(path, "parquet") if path.exists() else None
     unlabelled = options.unlabelled or (own or {}).get("label_kind") == "none"
     if not unlabelled and any(t.label is None for t in tables):
         raise unlabelled_error(str(path))
@@ -46,9 +44,11 @@ def open_source(path: Path, options: ImportOptions) -> Source:
             survey.add(image, f"{table.path} row {number}")
             if not unlabelled:
                 seen.add(label, number)
-    names = (own or {}).get("class_names") or tables[0].names or names_beside(files[0])
+    names = own["class_names"] if own else tables[0].names or names_beside(files[0])
     num_classes, class_names = classes_of(str(path), seen, names, options, own)
     shape = survey.shape
+    if options.size is None:
+        require_fit(own, survey.count, shape, str(path))
     extra = [c for c in _EXTRA if all(c in t.extra for t in tables)]
 
     def rows() -> Iterator[Rows]:
@@ -83,7 +83,6 @@ class _Table:
         if sizes and max(sizes) > MAX_GROUP:
             raise DataError(f"{path}: a row group of {max(sizes) / 2**30:.1f} GiB", hint="cap: 2 GiB; write it anew")
         metadata = self._schema.metadata or {}
-        self.record = metadata.get(b"synthkit")
         self.names = schema_names(metadata, self.label) if self.label else None
         self.extra = [c for c in _EXTRA if c in self._schema.names]
 

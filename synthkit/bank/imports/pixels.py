@@ -50,7 +50,7 @@ class Meaning:
     """How stored numbers become pixels."""
 
     values: Values
-    """"byte": 0 to 255; "unit": 0 to 1; "normalised": (pixel - mean) / std."""
+    """"byte": 0 to 255; "unit": 0 to 1; "pixels": about that; "normalised": (pixel - mean) / std; "whitened": ZCA."""
     exact: bool
     """uint8 holds all there is; else the numbers are kept as images_f16 as well."""
     mean: list[float]
@@ -94,10 +94,12 @@ def meaning_of(column: Column, axes: str, options: ImportOptions, what: str,
         values = "unit" if unit else "byte" if byte else "normalised"
     if values == "byte":
         return plain
-    if values == "unit":
-        if not 0 <= extent.low <= extent.high <= 1:
+    if values == "whitened":
+        return Meaning(values=values, exact=False, mean=[], std=[])
+    if values in ("unit", "pixels"):
+        if values == "unit" and not 0 <= extent.low <= extent.high <= 1:
             raise DataError(f"{what}: --values unit needs 0 to 1", got=f"{extent.low:g} to {extent.high:g}")
-        return Meaning(values="unit", exact=extent.grid and column.dtype.itemsize >= 4, mean=[], std=[])
+        return Meaning(values=values, exact=extent.grid and column.dtype.itemsize >= 4, mean=[], std=[])
     if mean is None or std is None:
         raise DataError(f"{what}: the images run from {extent.low:.3g} to {extent.high:.3g}: they are normalised",
                         hint="give the --mean and --std they were normalised with, or --teacher")  # fmt: skip
@@ -144,5 +146,10 @@ def to_uint8(images: np.ndarray, meaning: Meaning) -> np.ndarray:
     """uint8 (N,C,H,W) of images (N,C,H,W) in their stored numbers: rounded, and cut to [0, 255]."""
     if meaning.values == "byte":
         return images.astype(np.uint8, copy=False)
-    pixels = images.astype(np.float32) if meaning.values == "unit" else _undo(images, meaning.mean, meaning.std)
+    if meaning.values == "normalised":
+        pixels = _undo(images, meaning.mean, meaning.std)
+    else:
+        pixels = images.astype(np.float32)
+        if meaning.values == "whitened":  # without the inverse: three standard deviations fill the range, for the eye
+            pixels = pixels / 6 + np.float32(0.5)
     return np.rint(np.clip(pixels, 0, 1) * np.float32(255)).astype(np.uint8)

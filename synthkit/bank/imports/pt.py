@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import numpy as np
 
 from synthkit.bank.imports.arrays import RATE_KEYS, source_from_arrays
 from synthkit.bank.imports.columns import Column, MemoryColumn, SlicedColumn
-from synthkit.bank.imports.own import record_beside, record_in_text
-from synthkit.bank.imports.source import ImportOptions, Source, refuse_link
+from synthkit.bank.imports.own import record_of
+from synthkit.bank.imports.source import ImportOptions, Source, Values, refuse_link
 from synthkit.errors import DataError
 
 SUFFIXES = (".pt", ".pth", ".th")
@@ -45,19 +46,16 @@ def open_source(path: Path, options: ImportOptions) -> Source:
         DataError: pickled objects, a damaged file, or nothing that looks like images.
     """
     refuse_link(path)
+    own = record_of(path, "pt")
     if path.is_dir():
-        parts = folder_parts(path)
-        if not parts:
-            raise DataError(f"{path}: no images.pt or images_best.pt", hint="name the .pt file itself")
-        named = {key: load(file) for key, file in parts.items()}
+        named, names = _of_folder(path, own), None
+        if own is not None:
+            options = replace(options, values=_values(own))
+            own["left_out"] = [c for c in own["left_out"] if c != "images"]  # made anew from the training pixels
     else:
         named = _named(load(path), path)
-    own = record_in_text(named.pop("synthkit", None), str(path)) or record_beside(path)
-    names = named.pop("class_names", None)
-    if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
-        class_names: list[str] | None = list(names)
-    else:
-        class_names = None
+        names = named.pop("class_names", None)
+    class_names = list(names) if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
     arrays: dict[str, Column] = {}
     for key, value in named.items():
         column = _column(value)
@@ -66,6 +64,26 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     return source_from_arrays(
         arrays, options, kind="pt", what=str(path), name=path.name, own=own, class_names=class_names
     )
+
+
+def _values(own: dict[str, Any]) -> Values:
+    """What the numbers of our own export are, by the space that it names."""
+    space, kind = own["files"].get("space"), own["transform"].get("kind")
+    if space == "training":
+        return "whitened" if kind == "zca" else "normalised" if kind == "affine" else "pixels"
+    return "unit" if space == "pixels" else "normalised"
+
+
+def _of_folder(path: Path, own: dict[str, Any] | None) -> dict[str, Any]:
+    parts = folder_parts(path)
+    if not parts:
+        raise DataError(f"{path}: no images.pt or images_best.pt", hint="name the .pt file itself")
+    named = {key: load(file) for key, file in parts.items()}
+    if own is not None and (path / "transform.pt").is_file():
+        transform = load(path / "transform.pt")
+        if isinstance(transform, dict):
+            named |= {f"transform.{key}": value for key, value in transform.items()}
+    return named
 
 
 def load(path: Path) -> Any:

@@ -19,7 +19,7 @@ CHUNK_BYTES = 32 << 20
 
 Rows = dict[str, np.ndarray]
 Layout = Literal["auto", "nchw", "nhwc"]
-Values = Literal["auto", "unit", "byte", "normalised"]
+Values = Literal["auto", "unit", "byte", "normalised", "pixels", "whitened"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,8 @@ class ImportOptions:
     layout: Layout = "auto"
     """Axes of image arrays."""
     values: Values = "auto"
-    """What numbers float images hold: [0,1], [0,255], or (x - mean) / std."""
+    """What numbers float images hold: unit [0,1]; byte [0,255]; normalised (x - mean) / std; pixels that may leave
+    [0,1]. whitened (ZCA) is for our own exports, which carry the matrix."""
     real: bool | None = None
     """Whether the images are, or start from, real pixels; none: as our own export says, else yes."""
     data_free: bool = False
@@ -82,8 +83,8 @@ class Source:
     """k of top-k columns."""
     transform: tuple[dict[str, np.ndarray], dict[str, Any]] | None = None
     """(arrays, meta) of the transform of images_f16."""
-    transform_kind: str = "affine"
-    """"affine" or "zca"."""
+    transform_facts: dict[str, Any] = field(default_factory=lambda: {"kind": "affine"})
+    """What bank.json says of it, beside the hash of its arrays."""
     mean: list[float] | None = None
     """Normalisation that the source itself tells."""
     std: list[float] | None = None
@@ -132,6 +133,16 @@ def refuse_link(path: Path) -> Path:
     if path.is_symlink():
         raise DataError(f"{path}: is a link; an import follows none", hint="name the file itself, or copy it")
     return path
+
+
+def one_file(path: Path, suffix: str) -> Path:
+    """`path`, or the one file with `suffix` in it when it is a folder. Raises `DataError`."""
+    if not path.is_dir():
+        return path
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() == suffix)
+    if len(found) != 1:
+        raise DataError(f"{path}: holds {len(found)} files *{suffix}", hint="name the one to import")
+    return refuse_link(found[0])
 
 
 def refuse_inner_links(root: Path) -> None:

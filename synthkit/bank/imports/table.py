@@ -11,7 +11,7 @@ import numpy as np
 
 from synthkit.bank.imports.encoded import Survey, decode, decode_rows
 from synthkit.bank.imports.labels import Seen, classes_of
-from synthkit.bank.imports.own import record_beside
+from synthkit.bank.imports.own import record_of, require_fit
 from synthkit.bank.imports.source import ImportOptions, Rows, Source, unlabelled_error
 from synthkit.errors import DataError
 
@@ -31,7 +31,7 @@ def open_table(root: Path, options: ImportOptions) -> Source:
         DataError: the table is malformed, names a file outside the folder, or an image is missing or unreadable.
     """
     where = root / NAME
-    own = record_beside(root)
+    own = record_of(root, "imagefolder")
     header = next(_records(where), None)
     if header is None:
         raise DataError(f"{where}: is empty")
@@ -52,6 +52,8 @@ def open_table(root: Path, options: ImportOptions) -> Source:
             seen.add(_label(row[label]), line)
     num_classes, class_names = classes_of(str(where), seen, (own or {}).get("class_names"), options, own)
     shape = survey.shape
+    if options.size is None:
+        require_fit(own, survey.count, shape, str(root))
 
     def rows() -> Iterator[Rows]:
         held: list[list[str]] = []

@@ -10,8 +10,8 @@ import numpy as np
 
 from synthkit.bank.imports.arrays import source_from_arrays
 from synthkit.bank.imports.columns import Column, SlicedColumn
-from synthkit.bank.imports.own import record_beside, record_in_text
-from synthkit.bank.imports.source import ImportOptions, Source, refuse_link
+from synthkit.bank.imports.own import record_of
+from synthkit.bank.imports.source import ImportOptions, Source, one_file, refuse_link
 from synthkit.errors import DataError
 
 _DTYPES = {"F16": "f2", "F32": "f4", "F64": "f8", "U8": "u1", "I8": "i1", "I16": "i2", "U16": "u2", "I32": "i4",
@@ -26,7 +26,8 @@ def open_source(path: Path, options: ImportOptions) -> Source:
     """
     from safetensors import SafetensorError, safe_open
 
-    refuse_link(path)
+    own = record_of(path, "safetensors")
+    path = one_file(refuse_link(path), ".safetensors")
     try:
         file = safe_open(str(path), framework="numpy")
         file.__enter__()  # kept open by the slices below: rows() reads them later
@@ -37,9 +38,7 @@ def open_source(path: Path, options: ImportOptions) -> Source:
         piece = file.get_slice(key)
         if piece.get_dtype() in _DTYPES:
             arrays[key] = _column(file, key, piece)
-    facts: dict[str, Any] = dict(file.metadata() or {})
-    own = record_in_text(facts.get("synthkit"), str(path)) or record_beside(path)
-    names = _names(facts.get("class_names"), str(path))
+    names = _names((file.metadata() or {}).get("class_names"), str(path))
     return source_from_arrays(
         arrays, options, kind="safetensors", what=str(path), name=path.name, own=own, class_names=names
     )
@@ -60,6 +59,8 @@ def _names(text: str | None, what: str) -> list[str] | None:
         names = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: class_names in the metadata is not JSON ({str(error)[:80]})") from error
+    if names is None:
+        return None
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise DataError(f"{what}: class_names in the metadata must be a list of text")
     return names

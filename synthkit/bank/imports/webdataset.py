@@ -19,7 +19,7 @@ import numpy as np
 
 from synthkit.bank.imports.encoded import MAX_FILE, Survey, decode, decode_rows
 from synthkit.bank.imports.labels import Seen, classes_of
-from synthkit.bank.imports.own import FILE, record_beside
+from synthkit.bank.imports.own import FILE, record_of, require_fit
 from synthkit.bank.imports.source import ImportOptions, Rows, Source, refuse_link, unlabelled_error
 from synthkit.bank.shard import COLUMNS
 from synthkit.data.splits import by_split, choose
@@ -41,7 +41,7 @@ def open_source(path: Path, options: ImportOptions) -> Source:
         DataError: a damaged tar, a link in it, images without labels, or samples with other members than the first.
     """
     files = _files(refuse_link(path), options)
-    own = record_beside(path) or record_beside(files[0].parent)
+    own = record_of(path, "webdataset")
     unlabelled = options.unlabelled or (own or {}).get("label_kind") == "none"
     survey, seen = Survey(str(path), options, own), Seen(str(path))
     columns: set[str] | None = None
@@ -55,7 +55,9 @@ def open_source(path: Path, options: ImportOptions) -> Source:
         columns = extra if columns is None else columns & extra
         top_k = len(sample["topk_index"]) if "topk_index" in sample else None
     shape = survey.shape
-    names = (own or {}).get("class_names") or _names_beside(files[0].parent)
+    if options.size is None:
+        require_fit(own, survey.count, shape, str(path))
+    names = own["class_names"] if own else _names_beside(files[0].parent)
     num_classes, class_names = classes_of(str(path), seen, names, options, own)
     kept = sorted(columns or ())
 

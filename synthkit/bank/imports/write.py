@@ -26,8 +26,10 @@ def plan(source: Source, options: ImportOptions) -> BankSpec:
         UsageError: `--synthetic` contradicts the export, or mean and std do not fit the channels.
     """
     own = source.own or {}
+    source.learning_rate = source.learning_rate if source.learning_rate is not None else own.get("learning_rate")
     channels = source.shape[0]
-    mean, std = options.mean or source.mean, options.std or source.std
+    mean = options.mean or source.mean or own.get("mean")
+    std = options.std or source.std or own.get("std")
     if mean is None or std is None:
         mean, std = [0.5] * channels, [0.5] * channels
         source.notes.append(NO_STATS)
@@ -35,7 +37,7 @@ def plan(source: Source, options: ImportOptions) -> BankSpec:
         if len(value) != channels:
             raise UsageError(f"import: --{key} needs {channels} numbers, one per channel", got=value)
     contains_real, used = _real(own, options)
-    kind: LabelKind = own.get("label_kind") or source.label_kind
+    kind: LabelKind = source.label_kind if source.label_kind == "argmax" else own.get("label_kind", source.label_kind)
     if own.get("left_out"):
         source.notes.append(f"the export did not hold {', '.join(own['left_out'])} of the bank")
     if kind == "real" and not contains_real:
@@ -51,7 +53,7 @@ def plan(source: Source, options: ImportOptions) -> BankSpec:
         recipe=recipe, teacher=own.get("teacher") or {}, real_data_used=used, contains_real=contains_real,
         parents=[{"uuid": own["uuid"], "root": own.get("root"), "via": source.kind}] if own else [],
         extra={**(own.get("extra") or {}), "import": origin}, top_k=source.top_k,
-        transform=state.transform_entry(source.transform_kind, arrays) if arrays else {},
+        transform=state.transform_entry(**source.transform_facts, arrays=arrays) if arrays else {},
     )  # fmt: skip
 
 
