@@ -7,7 +7,6 @@ where it hit.
 
 from __future__ import annotations
 
-import collections
 import mmap
 import os
 import re
@@ -17,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Shared:
     def place(self) -> tuple[int, str]:
         """(number of watched calls begun, text of the last)."""
         count, length = struct.unpack("<QB", self._text[:9])
-        return count, self._text[9 : 9 + length].decode(errors="replace")
+        return count, self._text[9 : 9 + length].decode(errors="replace") or "before it began"
 
     @property
     def acknowledged(self) -> set[int]:
@@ -66,21 +66,31 @@ class Shared:
         return {i for i, flag in enumerate(self._done[:]) if flag}
 
 
-def watch(shared: Shared, kill_at: int | None) -> None:
-    """In the child: count the watched calls, and die by SIGKILL right before number `kill_at`."""
-    counter = collections.Counter()
+@dataclass(frozen=True)
+class Order:
+    """Die by SIGKILL right before, or right after, the `call`-th watched call."""
+
+    call: int
+    after: bool
+
+
+def watch(shared: Shared, order: Order | None, trace: list[str]) -> None:
+    """In the child: number the watched calls, put their names in `trace`, and carry out `order`."""
 
     def wrapped(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
             text = f"{name} {kind_of(_path(args))}"
-            counter["calls"] += 1
-            shared.at(counter["calls"], f"in {text}")
-            if counter["calls"] == kill_at:
+            trace.append(text)
+            number = len(trace)
+            shared.at(number, f"in {text}")
+            if order == Order(number, after=False):
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 return call(*args, **kwargs)
             finally:
-                shared.at(counter["calls"], f"after {text}")
+                shared.at(number, f"after {text}")
+                if order == Order(number, after=True):
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return watched
 
@@ -107,26 +117,27 @@ class Victim:
     """A forked process that runs `work(shared)` and may be killed.
 
     Args:
-        log: file for the traceback of a failure.
-        kill_at: number of the watched call right before which it kills itself; None: it does not.
+        log: file for the traceback of a failure, or else for the names of the watched calls, one a line.
+        order: when it kills itself; None: it does not.
     """
 
-    def __init__(self, work: Callable[[Shared], None], log: Path, *, pieces: int = 1, kill_at: int | None = None):
+    def __init__(self, work: Callable[[Shared], None], log: Path, *, pieces: int = 1, order: Order | None = None):
         self.shared, self.log = Shared(pieces), log
         sys.stdout.flush()
         sys.stderr.flush()
         self.begun = time.perf_counter()
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(work, kill_at)
+            self._run(work, order)
         self.status: int | None = None
         self.seconds = 0.0
 
-    def _run(self, work: Callable[[Shared], None], kill_at: int | None) -> None:
-        code = 1
+    def _run(self, work: Callable[[Shared], None], order: Order | None) -> None:
+        code, trace = 1, []
         try:
-            watch(self.shared, kill_at)
+            watch(self.shared, order, trace)
             work(self.shared)
+            self.log.write_text("\n".join(trace))
             code = 0
         except BaseException:  # the child never returns into the parent's code; what went wrong is in the log
             self.log.write_text(traceback.format_exc())

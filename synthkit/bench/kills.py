@@ -2,8 +2,8 @@
 
 Writer, two claiming writers, label writer, sealer, repair, merger, exporter and importer are run in forked processes on
 small banks whose every byte is known. Half of the kills come at a moment of time, spread evenly over the time that the
-unbroken work takes; the other half right before a file operation (fsync, rename, link, unlink, ...), spread evenly over
-all of them. After every kill:
+unbroken work takes; the other half right before or after a file operation (fsync, rename, link, unlink, ...), spread
+evenly over their kinds. After every kill:
 
 - each shard that a writer was told is committed is there, with the bytes that it must have, and verifies in depth;
 - the target of merge, export and import is whole or absent, and no input has changed;
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.bench.kill_probe import Victim
+from synthkit.bench.kill_probe import Order, Victim
 from synthkit.cli.arguments import Arguments
 from synthkit.errors import RequirementError, RunError, UsageError
 
@@ -151,6 +151,8 @@ class _Tally:
     killed_again: int = 0
     unbroken_seconds: float = 0.0
     unbroken_operations: int = 0
+    operation_kinds: int = 0
+    """Different file operations of the unbroken work ("fsync shard", "rename manifest", ...)."""
     tenths: dict[str, int] = field(default_factory=dict)
     """Kills by tenth of the unbroken duration at which they came."""
     phases: dict[str, int] = field(default_factory=dict)
@@ -199,7 +201,7 @@ def _summary(tallies: list[_Tally], seed: int) -> dict[str, Any]:
         "nothing_wrong": not totals["images_wrong"] and not totals["reader_wrong"],
         "no_leftovers": not any(t.leftovers for t in tallies),
         "phases": dict(phases.most_common()),
-        "stages": [vars(t) for t in tallies],
+        "stages": [{**vars(t), "tenths": dict(sorted(t.tenths.items()))} for t in tallies],
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -212,19 +214,21 @@ class _Campaign:
         self.stage, self.work, self.chance = stage, work, chance
         self.tally = _Tally(stage=stage.name)
         self.reference: dict[str, str] = {}
+        self.operations: dict[str, list[int]] = {}
         self.number = 0
 
     def measure(self) -> None:
         """Do the work unbroken, to know how long it takes, how many file operations it needs and what it makes."""
         (self.work / "shared").mkdir(parents=True)
         self.stage.setup(self.work / "shared")
-        seconds, operations = [], []
+        seconds: list[float] = []
+        trace: list[str] = []
         for _ in range(UNBROKEN):
             folder = self._fresh()
             victims = self._start(folder, self.stage.roles, None)
             self._let_end(victims)
             seconds.append(max(v.seconds for v in victims))
-            operations.append(max(v.shared.place[0] for v in victims))
+            trace = victims[0].log.read_text().splitlines()
             found, result = self.stage.check(folder), self.stage.result(folder)
             if found.problems or result != (self.reference or result):
                 raise RunError(
@@ -233,7 +237,8 @@ class _Campaign:
             self.reference = result
             shutil.rmtree(folder)
         self.tally.unbroken_seconds = round(statistics.median(seconds), 5)
-        self.tally.unbroken_operations = int(statistics.median(operations))
+        self.operations = {kind: [i for i, k in enumerate(trace, 1) if k == kind] for kind in sorted(set(trace))}
+        self.tally.unbroken_operations, self.tally.operation_kinds = len(trace), len(self.operations)
 
     def run(self, kills: int) -> None:
         """Trials until there were `kills` kills."""
@@ -241,21 +246,25 @@ class _Campaign:
         while self.tally.kills < kills:
             self._trial(moments, kills)
 
-    def _moments(self, kills: int) -> Iterator[tuple[str, float]]:
-        """Positions in [0, 1), evenly spread over time and over operations, in random order; more of them if needed."""
+    def _moments(self, kills: int) -> Iterator[float | Order]:
+        """Moments in random order: shares of the unbroken time, evenly spread, and as many orders, over all kinds of
+        operations in turn. More of them if needed."""
         while True:
             half = -(-kills // 2)
-            spread = (np.arange(half) + self.chance.uniform(size=half)) / half
-            both = [(kind, float(at)) for at in spread for kind in ("time", "operation")]
+            both: list[float | Order] = [float(at) for at in (np.arange(half) + self.chance.uniform(size=half)) / half]
+            kinds = self.chance.permutation(sorted(self.operations))
+            for number in range(half if len(kinds) else 0):
+                calls = self.operations[kinds[number % len(kinds)]]
+                both.append(Order(int(self.chance.choice(calls)), after=bool(self.chance.integers(2))))
             yield from (both[i] for i in self.chance.permutation(len(both)))
 
-    def _trial(self, moments: Iterator[tuple[str, float]], kills: int) -> None:
+    def _trial(self, moments: Iterator[float | Order], kills: int) -> None:
         folder, acknowledged = self._fresh(), set()
         self.tally.trials += 1
         with self._reader(folder):
             again = False
             while self.tally.kills < kills:
-                acknowledged |= self._kill(folder, *next(moments), again, acknowledged)
+                acknowledged |= self._kill(folder, next(moments), again, acknowledged)
                 if self.chance.uniform() > AGAIN:
                     break
                 again = True
@@ -271,16 +280,17 @@ class _Campaign:
         if not left and not self.tally.problems:
             shutil.rmtree(folder)
 
-    def _kill(self, folder: Path, kind: str, at: float, again: bool, before: set[int]) -> set[int]:
+    def _kill(self, folder: Path, moment: float | Order, again: bool, before: set[int]) -> set[int]:
         """Start the work, kill one or more of its processes, check; returns what they had acknowledged."""
-        operation = 1 + int(at * self.tally.unbroken_operations) if kind == "operation" else None
-        victims = self._start(folder, self.stage.roles, operation)
+        order = moment if isinstance(moment, Order) else None
+        victims = self._start(folder, self.stage.roles, order)
         doomed = victims
-        if len(victims) > 1 and kind == "time" and self.chance.uniform() < 0.7:  # the others work on
+        if len(victims) > 1 and order is None and self.chance.uniform() < 0.7:  # the others work on
             doomed = [victims[int(self.chance.integers(len(victims)))]]
         died = []
         for victim in doomed:
-            if victim.wait() if operation else victim.kill_after(at * self.tally.unbroken_seconds):
+            at = self.tally.unbroken_seconds * moment if not isinstance(moment, Order) else 0.0
+            if victim.wait() if order else victim.kill_after(at):
                 died.append(victim)
         done = before.union(*(v.shared.acknowledged for v in victims))
         found = self.stage.check(folder)  # while the others still work
@@ -290,8 +300,8 @@ class _Campaign:
             tally = self.tally
             tally.kills += 1
             tally.killed_again += again
-            tally.by_time += operation is None
-            tally.by_operation += operation is not None
+            tally.by_time += order is None
+            tally.by_operation += order is not None
             tenth = f"{min(9, int(10 * died[0].seconds / tally.unbroken_seconds)) * 10} %"
             tally.tenths[tenth] = tally.tenths.get(tenth, 0) + 1
             phase = died[0].shared.place[1]
@@ -322,11 +332,11 @@ class _Campaign:
         self.stage.prepare(folder)
         return folder
 
-    def _start(self, folder: Path, roles: tuple[int, ...], kill_at: int | None) -> list[Victim]:
-        log = self.work / f"trial{self.number}.log"
+    def _start(self, folder: Path, roles: tuple[int, ...], order: Order | None) -> list[Victim]:
+        log = f"trial{self.number}-{{}}.log"
         return [
-            Victim(lambda shared, role=role: self.stage.operate(folder, role, shared), log,
-                   pieces=self.stage.pieces, kill_at=kill_at) for role in roles
+            Victim(lambda shared, role=role: self.stage.operate(folder, role, shared), self.work / log.format(role),
+                   pieces=self.stage.pieces, order=order) for role in roles
         ]  # fmt: skip
 
     def _let_end(self, victims: list[Victim]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from synthkit.bank import Bank, BankWriter
 from synthkit.bank.shard import conform, encode
 from synthkit.bench import kills
-from synthkit.bench.kill_probe import Shared, Victim, kind_of
+from synthkit.bench.kill_probe import Order, Shared, Victim, kind_of
 from synthkit.bench.kill_stages import Claims, Finding, Sealer, Stage, Target, Writer, stages, tree
 from synthkit.bench.kills import kill_everything
 from synthkit.bench.known_rows import SHARDS, columns_of, make_bank, numbers_in, rows_of, spec_of, wrong_rows
@@ -155,9 +155,14 @@ def test_victims_die_where_they_are_told_to(tmp_path):
             os.mkdir(tmp_path / str(number))
             shared.acknowledge(number)
 
-    victim = Victim(work, tmp_path / "log", pieces=5, kill_at=4)
+    victim = Victim(work, tmp_path / "log", pieces=5, order=Order(4, after=False))
     assert victim.wait() and victim.shared.place == (4, "in mkdir other") and victim.failure is None
     assert victim.shared.acknowledged == {0, 1, 2} and not (tmp_path / "3").exists()
+    for number in range(3):
+        (tmp_path / str(number)).rmdir()
+    victim = Victim(work, tmp_path / "log", pieces=5, order=Order(4, after=True))
+    assert victim.wait() and victim.shared.place == (4, "after mkdir other")
+    assert victim.shared.acknowledged == {0, 1, 2} and (tmp_path / "3").exists()
     done = Victim(lambda shared: None, tmp_path / "log")
     assert not done.wait() and done.failure is None and not done.kill_after(0.0)
     broken = Victim(lambda shared: shared.acknowledge(1 // 0), tmp_path / "log")
@@ -166,11 +171,12 @@ def test_victims_die_where_they_are_told_to(tmp_path):
 
 def test_moments_are_spread_evenly():
     campaign = kills._Campaign(Writer(), Path("nowhere"), np.random.default_rng(0))
-    moments = campaign._moments(40)
-    first = [next(moments) for _ in range(40)]
-    for kind in ("time", "operation"):
-        tenths = [int(10 * at) for k, at in first if k == kind]
-        assert sorted(tenths) == sorted(list(range(10)) * 2)
+    campaign.operations = {"fsync shard": list(range(1, 60)), "rename manifest": [60], "link record": [2, 4]}
+    moments = campaign._moments(60)
+    first = [next(moments) for _ in range(60)]
+    assert sorted(int(10 * at) for at in first if isinstance(at, float)) == sorted(list(range(10)) * 3)
+    orders = [at for at in first if isinstance(at, Order)]
+    assert sum(order.call == 60 for order in orders) == 10 and {order.after for order in orders} == {True, False}
 
 
 @pytest.mark.parametrize(
