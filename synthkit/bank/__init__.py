@@ -6,7 +6,13 @@
 
 from __future__ import annotations
 
-from synthkit.bank.errors import BankBusyError, BankIndexError, BankMismatchError, BankNotFoundError
+from synthkit.bank.errors import (
+    BankBusyError,
+    BankIndexError,
+    BankMemoryError,
+    BankMismatchError,
+    BankNotFoundError,
+)
 from synthkit.bank.label_writer import LabelWriter
 from synthkit.bank.labels import LabelSet, LabelSpec
 from synthkit.bank.reader import Bank, BankBatch
@@ -15,6 +21,6 @@ from synthkit.bank.state import GeneratorRecord
 from synthkit.bank.writer import BankWriter
 
 __all__ = [
-    "Bank", "BankBatch", "BankBusyError", "BankIndexError", "BankMismatchError", "BankNotFoundError", "BankSpec",
-    "BankWriter", "GeneratorRecord", "LabelSet", "LabelSpec", "LabelWriter",
+    "Bank", "BankBatch", "BankBusyError", "BankIndexError", "BankMemoryError", "BankMismatchError", "BankNotFoundError",
+    "BankSpec", "BankWriter", "GeneratorRecord", "LabelSet", "LabelSpec", "LabelWriter",
 ]  # fmt: skip

@@ -38,7 +38,7 @@ class ShardColumns:
         mapped: whether to read through memory maps; False reads by `pread`: slower, but a file that is cut while it is
             read is a `BankError` and not a SIGBUS.
         mapped_bytes: maps cover at most this much, counted from the first shard, and the rest is read by `pread`; none
-            takes half of the memory that this process may use.
+            takes half of the memory that this process may use (machine or container).
 
     Raises (when rows are read):
         BankError: a file is missing, a link, not of its recorded size, or cannot be read.

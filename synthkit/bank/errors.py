@@ -29,3 +29,7 @@ class BankIndexError(UsageError, IndexError):
 
 class HubError(RunError):
     """The Hugging Face Hub cannot be reached, refuses, or has not what was asked for (exit code 1)."""
+
+
+class BankMemoryError(UsageError):
+    """The bank does not fit into the memory that it was to be read to (exit code 2)."""

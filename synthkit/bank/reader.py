@@ -19,6 +19,9 @@ from synthkit.bank.spec import BankSpec, read_record
 from synthkit.errors import BankError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
+    from synthkit.bank.resident import ResidentBank
     from synthkit.bank.verify import VerifyReport
 
 ON_REQUEST = ("origin_seed", "images_f16")  # columns that are read only when they are named
@@ -244,8 +247,29 @@ class Bank:
 
     @property
     def fits_memory(self) -> bool:
-        """Whether all shards are within the limit of the memory maps; if not, block order spares the disk."""
+        """Whether all shards are within the limit of the memory maps; if not, block order spares the disk.
+
+        The default limit hangs on the machine (or container), not on what else runs there.
+        """
         return self._stored.all_mapped
+
+    def row(self, column: str) -> tuple[tuple[int, ...], np.dtype]:
+        """(shape, dtype) of one row of `column`. Raises `UsageError` when the bank does not have it."""
+        rows = self._rows(column)
+        return rows.row_shape, rows.dtype
+
+    def resident(self, device: torch.device | str, columns: Sequence[str] | None = None) -> ResidentBank:
+        """The bank as tensors on `device`, for batches without any reading: `resident.batch(indices)["images"]`.
+
+        Args:
+            columns: what to hold; none holds images (uint8) and, where present, labels.
+
+        Raises:
+            BankMemoryError: it does not fit; the message says what is needed and what is free.
+        """
+        from synthkit.bank.resident import load
+
+        return load(self, device, columns)
 
     def will_need(self, indices: np.ndarray, columns: Sequence[str] | None = None) -> None:
         """Ask the system to begin loading the rows `indices` from the disk, for a `batch` that comes soon."""

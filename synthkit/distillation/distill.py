@@ -185,7 +185,7 @@ class _Job:
             return self.view_source()
         store = self.store()
         order: Order = RandomOrder(task.train, seed)
-        if not store.resident and not task.bank.fits_memory:
+        if not task.bank.fits_memory:  # not on what is free just now: a resumed run must find the same order
             order = BlockShuffled(task.bank, task.train, seed)
         if self.cfg.order == "easy2hard":
             steps = task.steps_per_epoch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from synthkit.bank.resident import free_memory
 from synthkit.bank.stored import StoredLogits, Targets, pixel_column
 from synthkit.distillation.contract import Batch
 
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from synthkit.bank import Bank
 
 RESIDENT_SHARE = 0.4  # of the free memory of the device
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device (system memory for the CPU)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 class Store(Protocol):
@@ -46,27 +38,30 @@ class ResidentStore:
 
     resident = True
 
-    def __init__(self, images: Tensor, labels: Tensor | None, logits: Tensor | Targets | None, device: torch.device):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        logits: Tensor | Targets | None,
+        device: torch.device,
+        home: torch.device | None = None,
+    ):
         stored = Targets((logits,), logits.shape[1]) if isinstance(logits, torch.Tensor) else logits
         self.nbytes = images.nbytes + (0 if stored is None else stored.nbytes)
         self.device = device
-        self.home = device if self.nbytes <= RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
+        self.home = home or _home(self.nbytes, device)
         self.images = images.to(self.home)
         self.labels = None if labels is None else labels.to(self.home, torch.int64)
         self.targets = None if stored is None else stored.to(self.home)
 
     @classmethod
     def from_bank(cls, bank: Bank, device: torch.device, *, logits: StoredLogits | None) -> ResidentStore:
-        """Read a bank whole, in pieces of 4,096 images."""
-        n, column = len(bank), pixel_column(bank)
-        images = torch.empty((n, *bank.shape), dtype=torch.uint8 if column == "images" else torch.float16)
-        for at in range(0, n, 4096):
-            part = np.arange(at, min(at + 4096, n))
-            found = getattr(bank.batch(part, [column]), column)
-            images[at : at + len(part)] = torch.from_numpy(np.ascontiguousarray(found))
-        labels = torch.from_numpy(np.asarray(bank.column("labels")).astype(np.int64)) if bank.has("labels") else None
-        stored = logits.read(np.arange(n)) if logits is not None else None
-        return cls(images, labels, stored, device)
+        """Read a bank whole to where it has room (`Bank.resident`)."""
+        column = pixel_column(bank)
+        home = _home(_needed(bank, logits), device)
+        tensors = bank.resident(home, [column, *(["labels"] if bank.has("labels") else [])]).tensors
+        stored = logits.read(np.arange(len(bank))) if logits is not None else None
+        return cls(tensors[column], tensors.get("labels"), stored, device, home)
 
     def gather(self, index: np.ndarray) -> Batch:
         at = torch.from_numpy(index).to(self.home)
@@ -131,10 +126,17 @@ class StreamedStore:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _needed(bank: Bank, logits: StoredLogits | None) -> int:
+    pixels = math.prod(bank.shape) * (1 if pixel_column(bank) == "images" else 2)
+    return len(bank) * (pixels + (logits.row_bytes if logits is not None else 0))
+
+
+def _home(nbytes: int, device: torch.device) -> torch.device:
+    return device if nbytes <= RESIDENT_SHARE * free_memory(device) else torch.device("cpu")
+
+
 def bank_store(bank: Bank, device: torch.device, *, logits: StoredLogits | None) -> Store:
     """The bank resident on the device when it takes at most `RESIDENT_SHARE` of the free memory, else streamed."""
-    pixels = math.prod(bank.shape) * (1 if pixel_column(bank) == "images" else 2)
-    needed = len(bank) * (pixels + (logits.row_bytes if logits is not None else 0))
-    if needed <= RESIDENT_SHARE * free_memory(device):
+    if _needed(bank, logits) <= RESIDENT_SHARE * free_memory(device):
         return ResidentStore.from_bank(bank, device, logits=logits)
     return StreamedStore(bank, device, logits=logits)
