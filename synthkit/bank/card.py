@@ -269,7 +269,7 @@ def remake_command(spec: BankSpec) -> str | None:
     Every word is quoted for a shell; a recipe with keys that are no option names gives None.
     """
     method, teacher, data = spec.recipe.get("method"), spec.teacher.get("spec"), spec.recipe.get("data")
-    if not isinstance(method, dict) or method.get("name") not in methods() or spec.parents:
+    if not isinstance(method, dict) or method_of(spec) not in methods() or spec.parents:
         return None
     kind = data.get("name") if isinstance(data, dict) else None
     if not (teacher or kind) or not isinstance(teacher or "", str):

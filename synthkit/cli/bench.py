@@ -12,6 +12,7 @@ BENCHES = {
     "steps": "CPU seconds of CuDFKD's generator and KD step against the bare networks",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
+    "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
     "mixture": "which share of freshly generated images trains the best student from a bank",
     "pipeline": "synthesize and distill a recipe over seeds, with the noise control; one result JSON",
 }
