@@ -140,7 +140,7 @@ def test_synthesize_unknown_names(changes, said, shop, refused, tmp_path):
         ({"order": "easy2hart"}, "easy2hard"),
         ({"holdout": 1.5}, "holdout"),
         ({"fresh": -0.5}, "fresh"),
-        ({"batch_size": 1000}, "batch_size"),
+        ({"label_set": "fkd"}, "no such label set"),
         ({"seeds": 0}, "seeds"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": -1}, "epochs"),

@@ -10,6 +10,7 @@ from synthkit.bank import Bank
 from synthkit.bank.stored import StoredLogits
 from synthkit.distillation import sources, stores
 from synthkit.distillation.sources import (
+    BlockShuffled,
     EasyToHard,
     GeneratorPool,
     NoiseSource,
@@ -119,6 +120,49 @@ def test_a_bank_that_does_not_fit_is_streamed(workshop, monkeypatch):
     store = bank_store(bank, CPU, logits=None)
     assert not store.resident
     store.close()
+
+
+def test_a_bank_beyond_memory_is_read_in_blocks(workshop):
+    bank = Bank(workshop.bank, mapped_bytes=0)
+    assert not bank.fits_memory
+    train = np.setdiff1d(np.arange(192), [0, 7, 100, 191])
+    order = BlockShuffled(bank, train, seed=2)
+    first = order.epoch(0)
+    assert sorted(first) == train.tolist() and not np.array_equal(first, order.epoch(1))
+    assert np.array_equal(first, BlockShuffled(bank, train, seed=2).epoch(0))
+    assert not np.array_equal(first, BlockShuffled(bank, train, seed=3).epoch(0))
+    asked = []
+    store = StreamedStore(bank, CPU, logits=None)
+    store.load_ahead = asked.append
+    source = StoreSource(store, order, 16, device=CPU)
+    seen = [source.batch(step) for step in range(11)]
+    images = np.concatenate([b.images.numpy() for b in seen])
+    assert np.array_equal(images, workshop.images[first[:176]].astype(np.float32) / 255)
+    assert len(asked) == 1  # one window: there is none after it
+    source.close()
+
+
+def test_the_next_window_is_asked_for_once_each(workshop, monkeypatch):
+    bank = Bank(workshop.bank, mapped_bytes=0)
+    monkeypatch.setattr(Bank, "block_rows", property(lambda self: 8))
+    order = BlockShuffled(bank, np.arange(192), seed=2)
+    monkeypatch.setattr(BlockShuffled, "order", lambda self, epoch: small_windows(bank, epoch))
+    asked = []
+    store = StreamedStore(bank, CPU, logits=None)
+    store.load_ahead = asked.append
+    source = StoreSource(store, order, 16, device=CPU)
+    for step in range(source.steps_per_epoch):
+        source.batch(step)
+    expected = [order.order(0).blocks_of(window) for window in range(1, 6)]  # every window but the first, once
+    found = [rows for rows in asked if len(rows)]
+    assert len(found) == 5 and all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    source.close()
+
+
+def small_windows(bank: Bank, epoch: int):
+    from synthkit.bank.order import BlockOrder
+
+    return BlockOrder(n=192, seed=2, epoch=epoch, block=8, window=4)
 
 
 def test_noise_statistics_and_ranks():
