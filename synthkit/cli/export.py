@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> int:
     own = {name: given.pop(f"option.{name}") for name in _options(chosen) if f"option.{name}" in given}
     planned = plan(given["bank"], given["format"], given["out"], labels_from=given["labels_from"],
                    unfinished=given["unfinished"], verify=given["verify"], workers=given["workers"], **own)  # fmt: skip
+    from synthkit.bank.card import origin_line
+
     quiet = given["json"]
     if not quiet:
         sizes = f"about {_size(planned.bytes)}; {_size(planned.free)} are free there"
@@ -30,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if quiet:
         print_json(_summary(planned, path))
         return 0
+    print(origin_line(planned.source.spec))
     for note in planned.made.notes:
         print(f"note: {note}")
     print(f"wrote {path} ({_size(_written(path))}); how to read it is in {path / 'README.md'}")
@@ -44,9 +47,9 @@ def _run(planned: Plan) -> Path:
 
 
 def _summary(planned: Plan, path: Path) -> dict[str, Any]:
-    from synthkit.bank.storage import read_json
+    from synthkit.bank.export.provenance import provenance
 
-    record = read_json(path / "synthkit.json")
+    record = provenance(planned.source, planned.name, planned.made)
     keys = ("to", "images", "columns", "left_out", "labels_from", "learning_rate", "contains_real", "real_data_used",
             "origin", "notes", "options")  # fmt: skip
     return {"path": str(path), "bytes": _written(path), **{key: record[key] for key in keys}}

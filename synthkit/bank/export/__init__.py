@@ -13,11 +13,12 @@ import importlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthkit import tables
+from synthkit.config.fields import Option, options_of
 from synthkit.errors import ConfigError, StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -93,10 +94,9 @@ class Plan:
         source, made = self.source, self.made
         facts = provenance.provenance(source, self.name, made)
         front = made.front() or card.front_matter(source.spec, source.bank.record, source.bank.sidecars)
-        page = provenance.readme(source, made, facts, front)
         with staged(self.target) as folder:
             files = made.write(folder, advance or (lambda _: None))
-            (folder / "README.md").write_bytes(page)
+            (folder / "README.md").write_bytes(provenance.readme(source, made, facts, front))
             (folder / "synthkit.json").write_bytes(provenance.record_bytes(facts, files))
         return self.target
 
@@ -164,12 +164,26 @@ def export(
 
 
 def _settings(name: str, chosen: type[Format], options: dict[str, Any]) -> Any:
-    allowed = [entry.name for entry in fields(chosen.Options)]
-    for option in options:
-        if option not in allowed:
+    known = options_of(chosen.Options)
+    for option, value in options.items():
+        if option not in known:
             what = f"export: {name} has no option {option!r}"
-            raise UsageError(what, allowed=allowed, hint=f"synthkit export --format {name} --help")
+            raise UsageError(what, allowed=known, hint=f"synthkit export --format {name} --help")
+        if not _fits(value, known[option]):
+            raise UsageError(f"export: {option} of {name} must be {known[option].expected}", got=value)
     return chosen.Options(**options)
+
+
+def _fits(value: object, option: Option) -> bool:
+    """Whether `value` has the annotated type of the option; types beyond the simple ones are the format's to check."""
+    if value is None:
+        return option.optional
+    if option.boolean or isinstance(value, bool):
+        return option.boolean and isinstance(value, bool)
+    if option.choices:
+        return value in option.choices
+    kinds = {"a whole number": int, "a number": (int, float), "text": str}
+    return isinstance(value, kinds.get(option.expected.removesuffix(" or none"), object))
 
 
 def _workers(workers: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class Format:
         raise NotImplementedError
 
     def usage(self) -> str:
-        """Python lines that read the export; nothing that came from a bank may stand in them."""
+        """Python lines that read the export, asked for after `write`; nothing from a bank may stand in them."""
         raise NotImplementedError
 
     def passes(self) -> int:
@@ -87,7 +87,11 @@ def in_order(pieces: Iterable[A], work: Callable[[A], B], workers: int) -> Gener
     """`work` of every piece, in order, from `workers` threads; at most 2 x workers + 1 pieces are in flight.
 
     Close it (`contextlib.closing`) when it is left early: it waits for the threads, which may still be writing.
+    One worker is this thread itself, with one piece at a time.
     """
+    if workers == 1:
+        yield from map(work, pieces)
+        return
     with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
         waiting: deque[Future[B]] = deque()
         try:
@@ -111,9 +115,3 @@ def need_range(name: str, value: int, low: int, high: int) -> None:
     """Raise `UsageError` unless `low` <= `value` <= `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"export: {name} must be {low:,} to {high:,}", got=value)
-
-
-def need_one_of(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise `UsageError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise UsageError(f"export: {name}", got=value, allowed=allowed)

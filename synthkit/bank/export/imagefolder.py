@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from synthkit.bank.export.base import FILE_BLOCK, Format, need_one_of, worked
+from synthkit.bank.export.base import FILE_BLOCK, Format, worked
 from synthkit.bank.export.names import csv_text, folder_names
-from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces
+from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces, png_workers
 
 UNLABELLED = "unlabelled"
 _FACTS = ("difficulty", "origin_step", "origin_seed")
@@ -57,7 +57,6 @@ class ImageFolder(Format):
 
     def check(self) -> None:
         """See `Format.check`."""
-        need_one_of("logits", self.options.logits, ("all", "none"))
         self.notes += check_png(self.source, self.options.compress_level, "imagefolder", "webdataset or mds with raw")
         counts = self.source.class_counts()
         if counts is None:
@@ -86,7 +85,7 @@ class ImageFolder(Format):
         work = functools.partial(_files, folder, places, cells, width, self.options.compress_level)
         with open(folder / "labels.csv", "w", encoding="utf-8", newline="") as table:
             csv.writer(table, lineterminator="\n").writerow(self._header())
-            with worked(png_pieces(source, self.columns), work, self.workers) as results:
+            with worked(png_pieces(source, self.columns), work, png_workers(source, self.workers)) as results:
                 for count, lines in results:
                     table.write(lines)
                     advance(count)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank.export.base import Format, need_range, worked
-from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces
+from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces, png_workers
 from synthkit.bank.storage import dump_json
 
 _NAMES = {"images": "image", "labels": "label"}  # column of the bank -> of the shards; others keep their name
@@ -111,7 +111,7 @@ class MDS(Format):
 
         work = functools.partial(_samples, columns, self.options.compress_level)
         held, size = [], 4 + 4 + len(head)
-        with worked(png_pieces(self.source, self.columns), work, self.workers) as results:
+        with worked(png_pieces(self.source, self.columns), work, png_workers(self.source, self.workers)) as results:
             for piece in results:
                 for sample in piece:
                     if held and size + 4 + len(sample) > self.options.shard_bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from synthkit.bank import card
 from synthkit.bank.export.base import Format, need_range, worked
 from synthkit.bank.export.names import unique_names
-from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_rows
+from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_rows, png_workers
 from synthkit.errors import RequirementError, UsageError
 
 GROUP_BYTES, GROUP_ROWS = 16 << 20, 4096  # of a row group, before PNG: what the writer holds in memory
@@ -108,7 +108,7 @@ class Parquet(Format):
         packing: Any = {name: "none" if name in plain else "zstd" for name in _leaves(schema, pyarrow)}
         writer, held = None, []
         try:
-            with worked(pieces, work, self.workers) as tables:
+            with worked(pieces, work, png_workers(self.source, self.workers)) as tables:
                 for first, table in tables:
                     if first % self.rows_per_file == 0:
                         self._flush(writer, held, last=True)

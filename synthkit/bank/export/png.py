@@ -7,6 +7,7 @@ of their size; 40 images of 224x224 at 640 / 417 / 140 images/s and 44 / 42 / 41
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +19,9 @@ from synthkit.errors import UsageError
 LEVEL = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _PIECE_BYTES, _PIECE_ROWS = 1 << 20, 256  # of one task of a thread
-_SAMPLES = 32
+_SAMPLES, _SAMPLE_BYTES = 32, 32 << 20
+_FLIGHT_BYTES = 512 << 20  # of pixels that all threads hold together
+_PIL_LIMIT = 178_956_970  # pixels of one image, above which PIL refuses to open it
 
 
 def check_png(source: Source, level: int, format: str, other: str) -> list[str]:
@@ -31,9 +34,16 @@ def check_png(source: Source, level: int, format: str, other: str) -> list[str]:
     channels = source.spec.shape[0]
     if channels not in MODES:
         raise UsageError(f"export: {format} stores PNG, which has 1 to 4 channels", got=channels, hint=f"use {other}")
+    notes = []
     if channels in (2, 4):
-        return [f"the last of {channels} channels is stored as PNG's alpha; readers that convert to RGB drop it"]
-    return []
+        notes.append(f"the last of {channels} channels is stored as PNG's alpha; readers that convert to RGB drop it")
+    if math.prod(source.spec.shape[1:]) > _PIL_LIMIT:
+        notes.append(
+            "PIL, and what reads with it, refuses images of so many pixels unless its MAX_IMAGE_PIXELS is raised"
+        )
+    if source.has("images_f16"):
+        notes.append("PNG shows the images; the pixels to train on (images_f16) are in npz, safetensors and pt alone")
+    return notes
 
 
 def encode_png(image: np.ndarray, level: int = LEVEL) -> bytes:
@@ -58,10 +68,16 @@ def png_bytes(source: Source, level: int, *, per_file: bool = False) -> int:
     Args:
         per_file: every image is a file of its own, which takes whole blocks.
     """
-    sizes = [len(encode_png(image, level)) for image in source.sample("images", _SAMPLES)]
+    count = max(1, min(_SAMPLES, _SAMPLE_BYTES // source.spec.image_bytes))
+    sizes = [len(encode_png(image, level)) for image in source.sample("images", count)]
     if per_file:
         sizes = [-(-size // FILE_BLOCK) * FILE_BLOCK for size in sizes]
     return int(sum(sizes) / len(sizes) * source.count * 1.1) + FILE_BLOCK
+
+
+def png_workers(source: Source, workers: int) -> int:
+    """Threads that may work at a time: fewer for huge images, so that memory stays bounded."""
+    return max(1, min(workers, _FLIGHT_BYTES // (3 * png_rows(source) * source.spec.image_bytes)))
 
 
 Piece = tuple[int, dict[str, np.ndarray]]

@@ -59,7 +59,9 @@ def readme(source: Source, made: Format, facts: dict[str, Any], front: dict[str,
     """
     notes = "".join(f"- {card.escape(note)}\n" for note in made.notes)
     loading = f"```python\n{made.usage().strip()}\n```\n" + (f"\n{notes}" if notes else "")
-    loading += "\n`synthkit.json` holds the provenance, the class names and the normalisation, for programs."
+    loading += (
+        "\n`synthkit.json` holds provenance (the whole `bank.json`), class names and normalisation, for programs."
+    )
     text = card.body(source.spec, source.bank.record, source.bank.sidecars, root=facts["bank"]["root"],
                      seal=facts["bank"]["seal"], loading=loading, columns=made.columns)  # fmt: skip
     if front is None:

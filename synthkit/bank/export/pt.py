@@ -14,11 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from synthkit.bank.export.base import Format, need_one_of
+from synthkit.bank.export.base import Format
 from synthkit.bank.export.torchfile import TensorPlan, write_torch
 from synthkit.errors import UsageError
-
-SPACES = ("auto", "normalised", "pixels", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,6 @@ class Pt(Format):
     def check(self) -> None:
         """See `Format.check`."""
         options = self.options
-        need_one_of("space", options.space, SPACES)
-        need_one_of("labels", options.labels, ("hard", "soft"))
         if not options.suffix.replace("_", "").replace("-", "").isalnum() or len(options.suffix) > 40:
             raise UsageError("export: suffix must be letters, digits, - and _", got=options.suffix)
         if self.space == "training" and not self.source.has("images_f16"):
@@ -85,9 +81,6 @@ class Pt(Format):
     def _rate(self) -> float | None:
         given = self.options.learning_rate
         return float(given) if given is not None else self.source.learning_rate()
-
-    def _image_bytes(self) -> int:
-        return 4 * self.source.count * self.source.spec.image_bytes
 
     @property
     def _label(self) -> str | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from synthkit.bank.export.base import Format, need_range, worked
 from synthkit.bank.export.names import printable
-from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces
+from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces, png_workers
 from synthkit.errors import UsageError
 
 _BLOCK = 512
@@ -46,6 +46,8 @@ class WebDataset(Format):
     Options = WebDatasetOptions
     carries = ("images", "labels", *_ARRAYS, *_NUMBERS)
 
+    _tars = 1
+
     def check(self) -> None:
         """See `Format.check`."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.options.name):
@@ -71,10 +73,11 @@ class WebDataset(Format):
         """See `Format.write`."""
         work = functools.partial(_samples, self.options, [printable(n) for n in self.source.names], self._width())
         shards: list[dict[str, Any]] = []
-        with worked(png_pieces(self.source, self.columns), work, self.workers) as results:
+        with worked(png_pieces(self.source, self.columns), work, png_workers(self.source, self.workers)) as results:
             samples = (sample for piece in results for sample in piece)
             while self._shard(folder, samples, shards, advance):
                 pass
+        self._tars = len(shards)
         return {"shards": shards}
 
     def _shard(self, folder: Path, samples: Iterator[Sample], shards: list[dict[str, Any]], advance: Any) -> bool:
@@ -102,13 +105,13 @@ class WebDataset(Format):
 
     def usage(self) -> str:
         """See `Format.usage`."""
-        last = max(0, -(-self.source.count // self.options.shard_images) - 1)
+        last = max(0, self._tars - 1)
         name = f"{self.options.name}-{{000000..{last:06d}}}.tar" if last else f"{self.options.name}-000000.tar"
         image, decode = ("npy", ".decode()") if self.options.raw else ("png", '.decode("pil")')
         keys = [image] + (["cls"] if "labels" in self.columns else []) + ["json"]
         return (
             "import webdataset\n\n"
-            f'data = webdataset.WebDataset("DIR/{name}", shardshuffle=False){decode}  # the tars that are there\n'
+            f'data = webdataset.WebDataset("DIR/{name}", shardshuffle=False){decode}\n'
             f"for {', '.join(keys)} in data.to_tuple({', '.join(map(repr, keys))}):\n    ..."
         )
 

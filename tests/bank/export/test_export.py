@@ -229,6 +229,9 @@ def test_wrong_words_are_answered(tmp_path):
         export(tmp_path / "b", "npz", tmp_path / "o", compres=True)
     with pytest.raises(UsageError, match="workers"):
         export(tmp_path / "b", "npz", tmp_path / "o", workers=0)
+    for option, value in {"raw": "yes", "shard_bytes": "10", "name": None, "shard_images": True}.items():
+        with pytest.raises(UsageError, match=f"{option} of webdataset must be"):
+            export(tmp_path / "b", "webdataset", tmp_path / "o", **{option: value})
     with pytest.raises(UsageError, match="compress_level"):
         export(tmp_path / "b", "mds", tmp_path / "o", compress_level=10)
 
