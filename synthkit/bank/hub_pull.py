@@ -49,6 +49,7 @@ from synthkit.bank.storage import (
 )  # fmt: skip
 from synthkit.errors import BankError, StorageError, UsageError
 
+MAX_GENERATOR = 1 << 32
 WORKERS = 4
 """Files that are fetched at once."""
 _SHA = re.compile(r"[0-9a-f]{64}")
@@ -123,7 +124,7 @@ def pull(
         fetch.start(remote_files(api, repo, commit))
         fetch.get([Wanted("manifest.json", None, None), Wanted("bank.json", None, None)])
         manifest = _manifest(fetch.folder, repo, expect)
-        wanted = [*_covered(manifest), *_extras(fetch, labels)]
+        wanted = [*_covered(manifest), *_extras(fetch, labels), *_of_schema_1(fetch, manifest)]
         if labels:
             wanted += _label_shards(fetch, manifest["uuid"])
         fetch.require(wanted, target, say)
@@ -374,6 +375,13 @@ def _extras(fetch: _Fetch, labels: bool) -> list[Wanted]:
         if match:
             found += [Wanted(name, None, None), Wanted(f"{match[1]}/labels.json", None, None)]
     return found
+
+
+def _of_schema_1(fetch: _Fetch, manifest: dict[str, Any]) -> list[Wanted]:
+    """Generator snapshots of an old bank: its manifest does not know them, their own records name their sha256."""
+    if manifest.get("schema") != 1:
+        return []
+    return [Wanted(n, None, None, MAX_GENERATOR) for n in sorted(fetch.remote) if n.startswith("generators/")]
 
 
 def _label_shards(fetch: _Fetch, uuid: str) -> list[Wanted]:
