@@ -129,7 +129,7 @@ def _floor(args: argparse.Namespace) -> dict[str, Any]:
         digest.update(piece)
     hashed = max(1, min(total, 1 << 30) // len(piece)) * len(piece) / (time.perf_counter() - started)
     folder = args.work / "floor"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     started, written = time.perf_counter(), 0
     while written < total:
         with open(folder / f"{written}", "wb") as file:
