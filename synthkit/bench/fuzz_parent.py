@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from synthkit.bench.fuzz_worker import HEADER, SLOT, read_slot
+from synthkit.bench.fuzz_worker import HEADER, SLOT, STAGE, load_stage, read_slot
 from synthkit.errors import RunError, UsageError
 
 HANG = 20.0  # seconds that one input may take
@@ -24,17 +24,20 @@ PEAK = 512 << 20  # bytes above its start that a batch may reach (a record may n
 MAX_FINDINGS = 200
 
 
-def fuzz(inputs: int, seed: int, work: Path, *, only: list[str] | None = None) -> dict[str, Any]:
+def fuzz(
+    inputs: int, seed: int, work: Path, *, only: list[str] | None = None, stage_class: str = STAGE
+) -> dict[str, Any]:
     """Run `inputs` inputs; returns counts per target, memory and findings as plain data.
 
     Args:
         work: where the bank under test lies and findings are saved (`findings/NAME.bin` with NAME.txt beside it).
         only: names of targets; the shares of the others are dropped.
+        stage_class: "module:class" that makes the targets; the tests plant faults with it.
 
     Raises:
         UsageError: no such target. RunError: the child cannot even start.
     """
-    from synthkit.bench.fuzz_targets import Stage, build_bank
+    from synthkit.bench.fuzz_targets import build_bank
     from synthkit.runtime import hardware, versions
 
     begun = time.monotonic()
@@ -42,14 +45,14 @@ def fuzz(inputs: int, seed: int, work: Path, *, only: list[str] | None = None) -
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     build_bank(stage / "whole")
-    targets = {t.name: t.share for t in Stage(stage / "whole").targets()}
+    targets = {t.name: t.share for t in load_stage(stage_class)(stage / "whole").targets()}
     for name in only or ():
         if name not in targets:
             raise UsageError("bench fuzz: no such target", got=name, allowed=targets)
     chosen = {name: share for name, share in targets.items() if not only or name in only}
     total = sum(chosen.values())
     plan = {name: max(1, round(inputs * share / total)) for name, share in chosen.items()}
-    campaign = _Campaign(work, stage, seed, plan)
+    campaign = _Campaign(work, stage, seed, plan, stage_class)
     campaign.run()
     shutil.rmtree(stage)
     return {
@@ -63,8 +66,8 @@ def fuzz(inputs: int, seed: int, work: Path, *, only: list[str] | None = None) -
 
 
 class _Campaign:
-    def __init__(self, work: Path, stage: Path, seed: int, plan: dict[str, int]):
-        self.stage, self.seed, self.plan = stage, seed, plan
+    def __init__(self, work: Path, stage: Path, seed: int, plan: dict[str, int], stage_class: str):
+        self.stage, self.seed, self.plan, self.stage_class = stage, seed, plan, stage_class
         self.kept = work / "findings"
         self.kept.mkdir(parents=True, exist_ok=True)
         self.rows: dict[str, dict[str, Any]] = {}
@@ -86,8 +89,10 @@ class _Campaign:
 
     def _child(self, name: str, row: dict[str, Any], start: int, count: int) -> int:
         """Inputs from `start` in one child; the number at which to go on (`count` when it came to the end)."""
-        request = {"stage": str(self.stage), "slot": str(self._slot), "seed": self.seed, "target": name, "start": start,
-                   "count": count, "memory": MEMORY, "kept": str(self.kept)}  # fmt: skip
+        request = {
+            "stage": str(self.stage), "slot": str(self._slot), "seed": self.seed, "target": name, "start": start,
+            "count": count, "memory": MEMORY, "kept": str(self.kept), "stage_class": self.stage_class,
+        }  # fmt: skip
         self._slot.write_bytes(bytes(HEADER + SLOT))
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
@@ -102,7 +107,7 @@ class _Campaign:
             done = self._watch(process, row)
             if done:
                 return count
-            number, data = self._last()
+            number, accepted, refused, data = self._last()
             process.kill()
             error = process.stderr.read().decode(errors="replace")[-500:]
             code = process.wait()
@@ -111,18 +116,17 @@ class _Campaign:
             kind = "hang" if done is None else f"crash ({_signal(code)})"
             self._save(name, row, {"kind": kind, "error": error, "number": number}, data)
             self.restarts += 1
-            row["inputs"] += number + 1 - start - self._counted
+            row["accepted"], row["refused"] = row["accepted"] + accepted, row["refused"] + refused
+            row["inputs"] += accepted + refused + 1
             return number + 1
         finally:
             process.kill()
             process.wait()
 
-    _counted = 0
-
     def _watch(self, process: subprocess.Popen[bytes], row: dict[str, Any]) -> bool | None:
         """Take in the child's reports. True: it finished; False: it died; None: an input hangs."""
         assert process.stdout
-        self._counted, buffer = 0, b""
+        buffer = b""
         last, since = -1, time.monotonic()
         while True:
             ready = select.select([process.stdout], [], [], 1.0)[0]
@@ -142,7 +146,6 @@ class _Campaign:
                 if "done" in report:
                     self.hypothesis = report["done"] or self.hypothesis
                     return True
-                self._counted += report["inputs"]
                 for key in ("inputs", "accepted", "refused"):
                     row[key] += report[key]
                 self._memory(row, report)
@@ -157,7 +160,7 @@ class _Campaign:
                 what = f"{report[key]} bytes in the inputs up to number {report['number']}"
                 self._note(row, {"kind": f"memory {key}", "target": report["target"], "error": what, "file": None})
 
-    def _last(self) -> tuple[int, bytes]:
+    def _last(self) -> tuple[int, int, int, bytes]:
         with open(self._slot, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as slot:
             return read_slot(slot)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -12,14 +13,20 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HEADER, SLOT = 24, 4 << 20  # number + 1, length, of which the last input; then the input itself
+HEADER, SLOT = 32, 4 << 20  # of the last input: number + 1, length; then (accepted, refused) since a report; input
 BATCH = 1000
+STAGE = "synthkit.bench.fuzz_targets:Stage"
 WARM = 300  # inputs after which libraries have taken what they keep
 BY_HYPOTHESIS = 0.05  # share of the inputs of a JSON target, where hypothesis is installed
+
+
+def load_stage(name: str) -> Any:
+    """The class "module:class" that makes the targets."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def write_slot(slot: mmap.mmap, number: int, data: bytes) -> None:
@@ -30,10 +37,10 @@ def write_slot(slot: mmap.mmap, number: int, data: bytes) -> None:
     slot[0:8] = (number + 1).to_bytes(8, "little")
 
 
-def read_slot(slot: mmap.mmap) -> tuple[int, bytes]:
-    """(number of the last input, -1 before the first; the input)."""
-    length = int.from_bytes(slot[8:16], "little")
-    return int.from_bytes(slot[0:8], "little") - 1, bytes(slot[HEADER : HEADER + length])
+def read_slot(slot: mmap.mmap) -> tuple[int, int, int, bytes]:
+    """(number of the last input, -1 before the first; accepted and refused inputs not yet reported; the input)."""
+    number, length, accepted, refused = (int.from_bytes(slot[i : i + 8], "little") for i in range(0, 32, 8))
+    return number - 1, accepted, refused, bytes(slot[HEADER : HEADER + length])
 
 
 def confine_memory(limit: int) -> None:
@@ -48,12 +55,10 @@ class Worker:
     """Runs the inputs of one target."""
 
     def __init__(self, request: dict[str, Any]):
-        from synthkit.bench.fuzz_targets import Stage
-
         self.request, self.kept = request, Path(request["kept"])
         folder = Path(request["stage"])
         shutil.rmtree(folder / "bank", ignore_errors=True)  # what the last child left
-        self.stage = Stage(Path(shutil.copytree(folder / "whole", folder / "bank")))
+        self.stage = load_stage(request["stage_class"])(Path(shutil.copytree(folder / "whole", folder / "bank")))
         self.target = next(t for t in self.stage.targets() if t.name == request["target"])
         with open(request["slot"], "r+b") as stream:
             self.slot = mmap.mmap(stream.fileno(), 0)
@@ -63,6 +68,7 @@ class Worker:
     def _clear(self, number: int) -> None:
         self.counts, self.findings = {"inputs": 0, "accepted": 0, "refused": 0}, []
         self.start, self.number = status("VmRSS"), number
+        self.slot[16:32] = bytes(16)
         with contextlib.suppress(OSError):  # Linux only: start a new peak
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -72,10 +78,12 @@ class Worker:
         self.counts["inputs"] += 1
         self.number = number
         try:
-            key = "accepted" if self.target.run(data) else "refused"
+            key, place = ("accepted", 16) if self.target.run(data) else ("refused", 24)
             self.counts[key] += 1
+            self.slot[place : place + 8] = self.counts[key].to_bytes(8, "little")
         except Exception as error:  # noqa: BLE001 - whatever comes is what is looked for
             self.findings.append(self._saved(number, data, error))
+            self.report(force=True)
 
     def _saved(self, number: int, data: bytes, error: Exception) -> dict[str, Any]:
         trace = traceback.format_exception(error)
@@ -158,16 +166,6 @@ def status(key: str) -> int:
             if line.startswith(key + ":"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def inputs(target: str, stage: Path, seed: int, numbers: range) -> Iterator[bytes]:
-    """The inputs of the own mutators, for tests and to make one again."""
-    from synthkit.bench.fuzz_targets import Stage
-
-    found = next(t for t in Stage(stage).targets() if t.name == target)
-    for number in numbers:
-        rng = random.Random(f"{seed}:{target}:{number}")
-        yield rng.choice(found.mutators)(rng, found.seeds)
 
 
 def main() -> None:
