@@ -516,7 +516,7 @@ def test_an_existing_target_is_never_touched(hub, tmp_path, pushed):
 
 def test_no_room(hub, tmp_path, pushed, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("synthkit.bank.hub_pull.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("synthkit.bank.hub_fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="MB are free"):
         pull(hub, tmp_path / "out")
     assert hub.count("GET", ".h5") == 0
