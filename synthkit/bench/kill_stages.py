@@ -5,6 +5,7 @@ Every stage works on the banks of `known_rows`, so that each byte on the disk ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -37,6 +38,7 @@ from synthkit.bench.known_rows import (
     spec_of,
     wrong_rows,
 )
+from synthkit.errors import RunError
 
 
 @dataclass
@@ -156,6 +158,40 @@ class Claims(Writer):
                 shared.acknowledge(index)
         if not writer.missing():
             writer.finish()
+
+
+class Synthesize(Stage):
+    """The command `synthesize` itself, as two workers of one bank: `--shards 1/2` and `--shards 2/2`."""
+
+    name, roles, pieces = "synthesize", (1, 2), SHARDS
+
+    def setup(self, shared: Path) -> None:
+        self.data = make_bank(shared / "data", 6, images=3 * SHARDS * PER_SHARD)
+
+    def operate(self, folder: Path, role: int, shared: Shared) -> None:
+        from synthkit.cli.main import main
+
+        words = ("--method", "random_real", "--data", f"bank:{self.data}", "--images", str(SHARDS * PER_SHARD),
+                 "--images_per_shard", str(PER_SHARD), "--device", "cpu", "--threads", "1", "--seed", "3")  # fmt: skip
+        with (
+            open(folder / f"worker{role}.log", "a") as log,
+            contextlib.redirect_stdout(log),
+            contextlib.redirect_stderr(log),
+        ):
+            code = main(["synthesize", *words, "--shards", f"{role}/2", "--out", str(folder / "bank")])
+        if code:
+            raise RunError("bench kills: synthesize failed", got=code, hint=f"see {folder}/worker{role}.log")
+
+    def check(self, folder: Path) -> Finding:
+        found = Finding()
+        if (folder / "bank" / "bank.json").exists():
+            report = verify(folder / "bank", deep=True)
+            found.problems = [f"{part}: {texts[0]}" for part, texts in report.problems.items()]
+            found.committed = set(report.committed) - set(report.damaged_shards)
+        return found
+
+    def result(self, folder: Path) -> dict[str, str]:
+        return tree(folder / "bank", _content)
 
 
 class Labels(Stage):
@@ -352,7 +388,13 @@ def _exporter(format: str) -> Callable[[list[Path], Path], object]:
 
 def warm() -> None:
     """Import what the work imports when it first needs it: a child must not spend its life on imports."""
-    for name in ("h5py", "safetensors.numpy", "PIL.Image", "PIL.PngImagePlugin", *FORMATS.values()):
+    engine = (
+        "synthkit.cli.synthesize",
+        "synthkit.synthesis.engine",
+        "synthkit.synthesis.selection.random_real",
+        "torch",
+    )
+    for name in ("h5py", "safetensors.numpy", "PIL.Image", "PIL.PngImagePlugin", *engine, *FORMATS.values()):
         importlib.import_module(name.partition(":")[0])
     for module, _ in IMPORTERS.values():
         importlib.import_module(f"synthkit.bank.imports.{module}")
@@ -363,8 +405,8 @@ def stages() -> list[tuple[Stage, float]]:
     banks = [("merger, joins", _join, 0.08), ("merger, packs anew", _ragged, 0.06), ("merger, unites", _hosts, 0.06)]
     formats = ("imagefolder", "parquet", "webdataset", "npz")
     return [
-        (Writer(), 0.25), (Claims(), 0.15), (Labels(), 0.05), (Sealer(False), 0.07), (Sealer(True), 0.05),
-        (Repairer(), 0.04),
+        (Writer(), 0.22), (Claims(), 0.12), (Synthesize(), 0.06), (Labels(), 0.05),
+        (Sealer(False), 0.07), (Sealer(True), 0.05), (Repairer(), 0.04),
         *((Target(name, inputs, _merge, _content, True), share) for name, inputs, share in banks),
         *((Target(f"exporter, {f}", _single, _exporter(f), lambda name: True, False), 0.04) for f in formats),
         (Target("importer, npz", _exported, _import, _content, True), 0.03),

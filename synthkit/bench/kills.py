@@ -281,7 +281,10 @@ class _Campaign:
             shutil.rmtree(folder)
 
     def _kill(self, folder: Path, moment: float | Order, again: bool, before: set[int]) -> set[int]:
-        """Start the work, kill one or more of its processes, check; returns what they had acknowledged."""
+        """Start the work, kill one or more of its processes, check.
+
+        Returns what must be there from now on: what they had acknowledged, and what was seen.
+        """
         order = moment if isinstance(moment, Order) else None
         victims = self._start(folder, self.stage.roles, order)
         doomed = victims
@@ -313,7 +316,7 @@ class _Campaign:
         for victim in victims:
             if victim.failure:
                 self.tally.problems.append(f"trial {self.number}: {victim.failure}")
-        return set().union(*(v.shared.acknowledged for v in victims))
+        return found.committed.union(*(v.shared.acknowledged for v in victims))
 
     def _count(self, found: Finding, acknowledged: set[int], *, killed: bool) -> None:
         tally, per_piece = self.tally, _images_of(self.stage)
