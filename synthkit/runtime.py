@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthkit.bank.storage import host
+from synthkit.bank.storage import clean_stale_temps, host
 from synthkit.config.schema import RuntimeConfig
 from synthkit.errors import ConfigError, RunError, StorageError
 
@@ -211,9 +211,10 @@ class RunDir:
         self.path = Path(path)
 
     def create(self) -> RunDir:
-        """Make the directory (parents too)."""
+        """Make the directory (parents too), without the temporaries of killed runs."""
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            clean_stale_temps(self.path)
         return self
 
     def write_json(self, name: str, value: object) -> None:
