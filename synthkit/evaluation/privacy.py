@@ -20,20 +20,21 @@ from synthkit.errors import BankError, DataError, UsageError
 from synthkit.evaluation.copies import KINDS, Copies, find_copies
 from synthkit.evaluation.features import FeatureSource, Images, features, sample
 from synthkit.evaluation.neighbours import Neighbours, nearest
+from synthkit.evaluation.set_metrics import far_out_fence
 
 if TYPE_CHECKING:
     from synthkit.bank import Bank
     from synthkit.data.real import RealData
 
 OTHERS = 10  # neighbours behind the nearest that a near copy is compared with
-BOOT_NEIGHBOURS = 12  # kept for the bootstrap: all of them are left out of a resample with probability e^-12
-LEVEL = 0.999  # a count counts as more than chance above this quantile
+FEWEST = 20  # real images that an interval needs
+LEVEL = 0.999  # what chance stays below with this probability is chance
 LISTED = 60
 
 
 def audit(
     bank: Bank, train: RealData, holdout: RealData | None, spaces: list[FeatureSource], *, limit: int = 10_000,
-    percentile: float = 1.0, replicates: int = 500, seed: int = 0,
+    percentile: float = 1.0, replicates: int = 2000, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Look for traces of `train` in `bank`.
 
@@ -44,7 +45,7 @@ def audit(
         spaces: where distances are measured.
         limit: bank and hold-out images at most for distances (random samples); copies are looked for in all.
         percentile: of the hold-out's distances, below which an image is a near copy.
-        replicates: resamples of the bootstrap (bank images, training images and hold-out images are all resampled).
+        replicates: random labellings and resamples behind p-value and interval of membership.
 
     Returns:
         JSON-able values: `bank`, `train`, `holdout`, `copies`, `spaces` (one entry per space: see `_space`),
@@ -55,8 +56,8 @@ def audit(
         UsageError: a number is out of range.
     """
     began = time.monotonic()
-    if not 0 < percentile <= 50 or limit < 1 or replicates < 1:
-        raise UsageError("audit: percentile must be above 0 to 50, limit and replicates at least 1",
+    if not 0 < percentile <= 50 or limit < 1 or replicates < 1000:
+        raise UsageError("audit: percentile must be above 0 to 50, limit at least 1, replicates 1000",
                          got=(percentile, limit, replicates))  # fmt: skip
     if not len(bank):
         raise BankError(f"{bank.path}: no shard is committed yet", hint="go on with: synthkit synthesize --resume")
@@ -120,9 +121,8 @@ def _space(
 
     Returns:
         `features`; `bank` and `reference` distances to the nearest training image (quantiles); `threshold` and
-        `ratio_threshold`; `near` ({"count" without exact copies, "reference": the same among the reference images,
-        "expected" and "limit" (99.9 %) of chance, "found"}); `membership` ({"auc", "low", "high", "n", "real"} or
-        None); `closest` [[row, training row, distance, near]].
+        `ratio_threshold`; `near` (see `_near`); `membership` (see `_membership`, or None); `closest` [[row, training
+        row, distance, near]].
     """
     base, queries = features(source, real), features(source, made, rows)
     to_train = nearest(base, queries, k=OTHERS + 1)
@@ -133,27 +133,48 @@ def _space(
     else:
         outside = features(source, held, sample(len(held), limit, seed))
         reference = nearest(base, outside, k=OTHERS + 1)
-    place = max(1, math.ceil(percentile / 100 * len(reference.distances)))
-    gap, ratio = reference.distances[:, 0], _ratio(reference)
-    threshold, ratio_threshold = (float(np.partition(v, place - 1)[place - 1]) for v in (gap, ratio))
-    near = (to_train.distances[:, 0] < threshold) & (_ratio(to_train) < ratio_threshold)
     known = np.isin(rows, copied.rows)
-    near &= ~known
-    n, m = len(rows), len(gap)
-    usual = int(((gap < threshold) & (ratio < ratio_threshold)).sum())  # hold-out images that meet both conditions
-    limit_count = chance_limit(n, m, usual + 1)
+    near, found = _near(to_train, reference, known, percentile)
     order = np.lexsort((to_train.distances[:, 0], ~near))  # near ones first; exact copies are listed apart
     order = order[~known[order]][:LISTED]
     listed = zip(rows[order], to_train.indices[order, 0], to_train.distances[order, 0], near[order], strict=True)
     closest = [[int(row), int(other), float(distance), bool(flag)] for row, other, distance, flag in listed]
     member = None if outside is None else _membership(base, outside, queries, replicates, seed)
     return {
-        "features": source.record(), "bank": _quantiles(to_train.distances[:, 0]), "reference": _quantiles(gap),
-        "reference_is": "hold-out images" if held else "training images among themselves",
-        "reference_images": m, "threshold": threshold, "ratio_threshold": ratio_threshold,
-        "near": {"count": int(near.sum()), "reference": usual, "expected": n * usual / m, "limit": limit_count,
-                 "found": int(near.sum()) > limit_count},
+        "features": source.record(), "bank": _quantiles(to_train.distances[:, 0]),
+        "reference": _quantiles(reference.distances[:, 0]), "reference_images": len(reference.distances),
+        "reference_is": "hold-out images" if held else "training images among themselves", "near": found,
         "membership": member, "closest": closest,
+    }  # fmt: skip
+
+
+def _near(
+    made: Neighbours, reference: Neighbours, known: np.ndarray, percentile: float
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Which images are near copies, and whether there are more than chance gives.
+
+    A near copy is below the percentile of the reference both in distance and in ratio. The reference images that are so
+    themselves tell what chance gives (`chance_limit`). One image is enough where it lies at less than half the distance
+    of the nearest of all reference images and below their outer fence (`far_out_fence`).
+
+    Returns:
+        bool (Q,); and `threshold`, `ratio_threshold`, `count` (without the `known` copies), `reference` (how many
+        reference images are so), `expected` and `limit` (99.9 %) of chance, `closer_below` and `closer` (how many lie
+        below that), `found`.
+    """
+    gap, ratio = reference.distances[:, 0], _ratio(reference)
+    place = max(1, math.ceil(percentile / 100 * len(gap)))
+    threshold, ratio_threshold = (float(np.partition(v, place - 1)[place - 1]) for v in (gap, ratio))
+    gaps = made.distances[:, 0]
+    near = (gaps < threshold) & (_ratio(made) < ratio_threshold) & ~known
+    usual, count = int(((gap < threshold) & (ratio < ratio_threshold)).sum()), int(near.sum())
+    limit = chance_limit(len(gaps), len(gap), usual + 1)
+    below = min(far_out_fence(gap) or 0.0, float(gap.min()) / 2)
+    closer = int((near & (gaps < below)).sum())
+    return near, {
+        "threshold": threshold, "ratio_threshold": ratio_threshold, "count": count, "reference": usual,
+        "expected": len(gaps) * usual / len(gap), "limit": limit, "closer_below": below, "closer": closer,
+        "found": count > limit or closer > 0,
     }  # fmt: skip
 
 
@@ -203,35 +224,32 @@ def _membership(
 ) -> dict[str, Any]:  # fmt: skip
     """How often a bank image is nearer to training than to hold-out images, from sets of equal size.
 
-    The larger set always holds nearer neighbours, so the larger is sampled down to the size of the smaller.
+    The larger set always holds nearer neighbours, so the larger is sampled down to the size of the smaller. An image is
+    nearer to training when the nearest of all real images is a training image. Many bank images may share one nearest
+    real image; chance deals in real images, not in bank images. So the p-value gives every real image either label at
+    random, and the interval resamples the real images, each with all bank images that are nearest to it.
+
+    Returns:
+        `auc` (0.5: no signal); `low`, `high`: 95 % interval, None below 20 real images; `p`: how often random labels
+        reach this value; `n` bank images; `real`: images in each set; `nearest`: real images that are nearest to any.
     """
     m = min(len(base), len(outside))
-    inside = base[sample(len(base), m, seed)]
-    outside = outside[sample(len(outside), m, seed)]
-    k = min(BOOT_NEIGHBOURS, m)
-    a, b = nearest(inside, queries, k=k), nearest(outside, queries, k=k)
+    pool = np.concatenate([base[sample(len(base), m, seed)], outside[sample(len(outside), m, seed)]])
     rng = np.random.default_rng([seed, 0x626F6F74])
-    values = np.empty(replicates)
+    order = rng.permutation(2 * m)  # so that no set comes first where distances are equal
+    found = order[nearest(pool[order], queries).indices[:, 0]]
+    real, weights = np.unique(found, return_counts=True)
+    inside = real < m
+    auc = float(weights[inside].sum() / len(queries))
+    random, again = np.empty(replicates), np.empty(replicates)
     for i in range(replicates):
-        chosen = rng.integers(0, len(queries), len(queries))
-        gaps = [_resampled(found, m, rng)[chosen] for found in (a, b)]
-        values[i] = _wins(*gaps)
-    low, high = np.quantile(values, [0.025, 0.975])
-    return {"auc": _wins(a.distances[:, 0], b.distances[:, 0]), "low": float(low), "high": float(high),
-            "n": len(queries), "real": m, "replicates": replicates}  # fmt: skip
-
-
-def _resampled(found: Neighbours, m: int, rng: np.random.Generator) -> np.ndarray:
-    """Nearest distances (Q,) after the `m` base rows were drawn anew with repetition."""
-    there = np.zeros(m, bool)
-    there[rng.integers(0, m, m)] = True
-    first = there[found.indices].argmax(axis=1)
-    return found.distances[np.arange(len(first)), first]
-
-
-def _wins(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of a < b, ties as one half."""
-    return float(((a < b) + 0.5 * (a == b)).mean())
+        random[i] = weights @ (rng.random(len(real)) < 0.5)
+        chosen = rng.integers(0, len(real), len(real))
+        again[i] = weights[chosen] @ inside[chosen] / weights[chosen].sum()
+    low, high = (float(v) for v in np.quantile(again, [0.025, 0.975])) if len(real) >= FEWEST else (None, None)
+    reached = int((random >= weights[inside].sum()).sum())
+    return {"auc": auc, "low": low, "high": high, "p": (1 + reached) / (1 + replicates), "n": len(queries), "real": m,
+            "nearest": len(real), "replicates": replicates}  # fmt: skip
 
 
 def _pairs(spaces: list[dict[str, Any]], copied: Copies) -> list[dict[str, Any]]:
@@ -261,18 +279,20 @@ def verdict(result: dict[str, Any]) -> dict[str, str]:
     level = "nothing found"
     for space in result["spaces"]:
         member = space["membership"]
-        if member is not None and member["low"] > 0.5:
+        if member is not None and member["p"] <= 1 - LEVEL:
             level = "nearer to training"
             said.append(f"The images are nearer to training images than to hold-out images more often than chance "
-                        f"({member['auc']:.3f}, 95 % interval {member['low']:.3f} to {member['high']:.3f}, in "
-                        f"{space['features']['name']}).")  # fmt: skip
+                        f"(AUC {member['auc']:.3f}, p {member['p']:.2g}, in {space['features']['name']}).")  # fmt: skip
     for space in result["spaces"]:
         near = space["near"]
         if near["found"]:
             level = "near copies"
+            why = f"chance gives about {near['expected']:.1f}, rarely more than {near['limit']:,}"
+            if near["closer"]:
+                others = f"any of {space['reference_images']:,} {space['reference_is']}"
+                why += f"; {near['closer']:,} lie at less than half the distance of {others}"
             said.insert(0, f"NEAR COPIES FOUND: {near['count']:,} of {bank['compared']:,} images lie unusually near to "
-                        f"one training image in {space['features']['name']} (chance: about {near['expected']:.0f}, "
-                        f"rarely above {near['limit']:,}).")  # fmt: skip
+                        f"one training image in {space['features']['name']} ({why}).")  # fmt: skip
     if copies["found"]:
         level = "real images"
         kinds = ", ".join(f"{copies[kind]:,} {kind}" for kind in KINDS if copies[kind])

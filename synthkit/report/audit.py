@@ -53,15 +53,18 @@ def _space_rows(result: dict[str, Any], space: dict[str, Any]) -> list[tuple[str
         ("bank", f"distance to the nearest training image: {quantiles(space['bank'])}"),
         ("reference", f"the same of {space['reference_images']:,} {space['reference_is']}: "
          f"{quantiles(space['reference'])}"),
-        ("near", f"{near['count']:,} of {result['bank']['compared']:,} below {space['threshold']:.4g} and below "
-         f"{space['ratio_threshold']:.3g} of the distance to the next ones (the reference's {result['percentile']:g} % "
+        ("near", f"{near['count']:,} of {result['bank']['compared']:,} below {near['threshold']:.4g} and below "
+         f"{near['ratio_threshold']:.3g} of the distance to the next ones (the reference's {result['percentile']:g} % "
          f"each); {near['reference']:,} of the reference are, so chance gives about {near['expected']:.1f}, rarely "
-         f"above {near['limit']:,}"),
+         f"above {near['limit']:,}; {near['closer']:,} below {near['closer_below']:.3g}, where one would be enough"),
     ]  # fmt: skip
     if member is not None:
-        interval = f"95 % interval {member['low']:.4f} to {member['high']:.4f}"
-        rows.append(("membership", f"AUC {member['auc']:.4f} ({interval}): how often an image is nearer to "
-                     f"{member['real']:,} training than to as many hold-out images; 0.5 is no signal"))  # fmt: skip
+        interval = f"no interval: only {member['nearest']} real images are nearest to any"
+        if member["low"] is not None:
+            interval = f"95 % interval {member['low']:.4f} to {member['high']:.4f}"
+        rows.append(("membership", f"AUC {member['auc']:.4f} ({interval}; p {member['p']:.2g}): how often an image is "
+                     f"nearer to one of {member['real']:,} training than of as many hold-out images; 0.5 is no signal"
+                     ))  # fmt: skip
     return rows
 
 
