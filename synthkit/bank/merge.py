@@ -69,12 +69,14 @@ def merge(
     *,
     dry_run: bool = False,
     allow_different_teachers: bool = False,
+    images_per_shard: int | None = None,
 ) -> MergeReport:
     """Join the banks at `paths`, in this order, into a new bank at `out`.
 
     Args:
         dry_run: check everything (the parents' bytes too) and write nothing.
         allow_different_teachers: also join banks whose stored logits come from different teachers.
+        images_per_shard: of the result; none takes that of the parents that leaves most shards as they are.
 
     Raises:
         BankMismatchError: the parents differ; the message lists in what, per bank.
@@ -86,9 +88,11 @@ def merge(
     banks = _parents([Path(p) for p in paths], out)
     require_free(out)
     if len({b.spec.recipe_hash() for b in banks}) == 1 and not all(b.complete for b in banks):
+        if images_per_shard not in (None, banks[0].spec.per_shard):
+            raise UsageError("merge: parts of one run keep their shards", got=f"images_per_shard {images_per_shard}")
         job: _Unite | _Join = _Unite(banks, out)
     else:
-        job = _Join(banks, out, allow_different_teachers)
+        job = _Join(banks, out, allow_different_teachers, images_per_shard)
     for bank in banks:
         report = verify(bank.path)
         if not report.ok:
@@ -197,7 +201,7 @@ class _Unite:
 class _Join:
     """Banks behind one another."""
 
-    def __init__(self, banks: list[Bank], out: Path, allow_different_teachers: bool):
+    def __init__(self, banks: list[Bank], out: Path, allow_different_teachers: bool, images_per_shard: int | None):
         self.banks = banks
         for bank in banks:
             if not bank.complete:
@@ -212,7 +216,10 @@ class _Join:
                                  hint="give it once")  # fmt: skip
         teacher, notes = _teacher(banks, allow_different_teachers)
         sizes = [[s.n for s in bank.sidecars] for bank in banks]
-        self.plan, per_shard = best_plan(sizes, [b.spec.per_shard for b in banks])
+        if images_per_shard is not None and images_per_shard < 1:
+            raise UsageError("merge: images_per_shard must be at least 1", got=images_per_shard)
+        wanted = [images_per_shard] if images_per_shard else [b.spec.per_shard for b in banks]
+        self.plan, per_shard = best_plan(sizes, wanted)
         self.snapshots, said = _snapshots(banks)
         self.spec = self._spec(per_shard, teacher)
         copied = sum(exact(pieces, sizes) for pieces in self.plan)

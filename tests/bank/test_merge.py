@@ -75,6 +75,19 @@ def test_other_shard_sizes_are_packed_anew(tmp_path, changes, copied, packed):
     assert (report.copied, report.packed) == (copied, packed)
 
 
+def test_shard_size_by_hand(tmp_path):
+    a, b = bank_at(tmp_path / "a"), bank_at(tmp_path / "b", seed=8)
+    report = merge([a.path, b.path], tmp_path / "c", images_per_shard=53)
+    c = Bank(tmp_path / "c")
+    assert (report.shards, report.copied, report.packed) == (2, 0, 2) and c.spec.per_shard == 53
+    expect_rows(c, a.spec, b.spec)
+    with pytest.raises(UsageError, match="at least 1"):
+        merge([a.path, b.path], tmp_path / "d", images_per_shard=0)
+    parts = [part(tmp_path / n, s, seed=5).path for n, s in (("x", [0]), ("y", [5]))]
+    with pytest.raises(UsageError, match="keep their shards"):
+        merge(parts, tmp_path / "d", images_per_shard=53)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_every_plan_holds_every_row_once_and_in_order(seed):
     chance = random.Random(seed)

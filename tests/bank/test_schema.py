@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from synthkit.bank import Bank, BankSpec, BankWriter, migrate, state
+from synthkit.bank import Bank, BankBusyError, BankSpec, BankWriter, migrate, state
 from synthkit.bank.repair import repair
 from synthkit.bank.seal import signed
 from synthkit.bank.shard import column_dtype, row_shape
@@ -102,7 +102,15 @@ def test_old_seal_stays_until_the_user_seals(tmp_path):
     assert [row["index"] for row in manifest["generators"]] == [1] and manifest["transform"] is None
     assert verify(path, deep=True).ok
     changed = {f for f, digest in files(path).items() if before.get(f) != digest}
-    assert changed <= {"manifest.json", "README.md"}
+    assert {f for f in changed if not f.startswith("state/")} <= {"manifest.json", "README.md"}
+
+
+def test_sealing_waits_for_no_one(tmp_path):
+    path = tmp_path / "b"
+    shutil.copytree(FIXTURES / "schema1", path)
+    with BankWriter(path).lock(), pytest.raises(BankBusyError):
+        main(["seal", str(path)])
+    assert json.loads((path / "manifest.json").read_text())["schema"] == 1
 
 
 def test_migrations_are_pure_and_reach_the_newest_schema():

@@ -16,6 +16,9 @@ def configure(parser: Arguments) -> None:
     parser.add_argument(
         "--allow-different-teachers", action="store_true", help="join banks with logits of different teachers"
     )
+    parser.add_argument(
+        "--images-per-shard", type=int, metavar="N", help="shard size of the new bank (one of the parents')"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -23,7 +26,10 @@ def run(args: Namespace) -> int:
     """Merge, and say what came from where."""
     from synthkit.bank.merge import merge
 
-    report = merge(args.banks, args.out, dry_run=args.dry_run, allow_different_teachers=args.allow_different_teachers)
+    report = merge(
+        args.banks, args.out, dry_run=args.dry_run, allow_different_teachers=args.allow_different_teachers,
+        images_per_shard=args.images_per_shard,
+    )  # fmt: skip
     if args.json:
         print_json({**report.to_dict(), "dry_run": args.dry_run})
         return 0

@@ -16,11 +16,16 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Verify and seal."""
+    from synthkit.bank.lock import claim
     from synthkit.bank.seal import seal
+    from synthkit.bank.spec import read_record
     from synthkit.bank.verify import verify
 
-    verify(args.bank).raise_if_damaged()
-    manifest = seal(Path(args.bank), renew=True)
+    bank = Path(args.bank)
+    read_record(bank)
+    with claim(bank):  # what is verified is what is sealed: no run writes meanwhile
+        verify(bank).raise_if_damaged()
+        manifest = seal(bank, renew=True)
     if args.json:
         print_json(manifest)
     else:
