@@ -6,6 +6,7 @@ import json
 import statistics
 
 import pytest
+from conftest import ROOT
 
 from synthkit.bench.pipeline import spread
 from synthkit.cli.main import main
@@ -113,3 +114,20 @@ def test_the_demo_learns(tmp_path):
     result = json.loads((tmp_path / "demo" / "result.json").read_text())
     student, control = result["runs"][0]["student_top1"], result["control"]["top1"]
     assert student >= 0.97 and student > control + 0.2
+
+
+def test_labels_against_the_live_teacher(tmp_path, capsys):
+    """Small: the forms agree with the live teacher on identical inputs as far as they can."""
+    bank = ROOT / "assets" / "banks" / "mnist-eval"
+    words = ["--teacher", "lenet5_bn", "--student", "lenet5_half_bn", "--views", "1", "--top-k", "9", "--seeds", "1"]
+    out = tmp_path / "labels.json"
+    common = ["--threads", "1", "--device", "cpu", "--out", str(out)]
+    assert main(["bench", "labels", "--bank", str(bank), *words, *common]) == 0
+    found = json.loads(out.read_text())
+    assert found["views"] == 2000 and found["num_classes"] == 10 and set(found["forms"]) == {"fp16", "top9", "live"}
+    fp16, top9 = found["forms"]["fp16"], found["forms"]["top9"]
+    assert fp16["bytes_per_view"] == 37 + 2 * 10 and top9["bytes_per_view"] == 37 + 4 * 9 + 4
+    for form in (fp16, top9):  # nine of ten and the tail are all of them
+        assert form["loss_difference"]["1"]["mean_abs"] < 1e-3 * form["loss_difference"]["1"]["live_loss"]
+    assert not (bank / "labels").exists()
+    capsys.readouterr()
