@@ -1,8 +1,9 @@
-"""YAML from untrusted files: plain values only, no aliases, no duplicate keys, capped in size and depth. No torch."""
+"""YAML from untrusted files: plain values, no aliases, tags or duplicate keys, capped in size and depth. No torch."""
 
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*name) are not allowed{_place(self.peek_event().start_mark)}")
+        tag = getattr(self.peek_event(), "tag", None)
+        if tag is not None:  # !!python/..., but also !!int "" and !!timestamp x, which fail in ways of their own
+            raise yaml.YAMLError(f"tags (here {tag[:80]}) are not allowed{_place(self.peek_event().start_mark)}")
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise yaml.YAMLError(f"nested deeper than {MAX_DEPTH} levels{_place(self.peek_event().start_mark)}")
@@ -61,14 +65,14 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(_tag, _pattern, list(_first))
 
 
-def loads(text: str, source: str = "the YAML text") -> dict[str, Any]:
+def loads(text: str, source: str = "the YAML text", max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The mapping that `text` describes.
 
     Raises:
         ConfigError: not YAML, not a mapping of names, too large, too deep, or it uses aliases or object tags.
     """
-    if len(text.encode()) > MAX_BYTES:
-        raise ConfigError(f"{source} is larger than {MAX_BYTES // 1024} KiB", hint="that is no recipe")
+    if len(text.encode(errors="surrogatepass")) > max_bytes:
+        raise ConfigError(f"{source} is larger than {max_bytes // 1024} KiB", hint="that is no recipe")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except RecursionError as error:
@@ -91,16 +95,28 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: also when the file is missing, unreadable or not text.
     """
-    path = Path(path)
+    return loads(read_text(Path(path)), str(path))
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """The text of a regular file of at most `max_bytes`: a pipe would wait for ever, /dev/zero would never end.
+
+    Raises:
+        ConfigError: it is none, or larger, or not UTF-8.
+    """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_BYTES // 1024} KiB", hint="that is no recipe")
-        text = path.read_text(encoding="utf-8")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"cannot read {path}: it is not a plain file")
+        if status.st_size > max_bytes:
+            raise ConfigError(f"{path} is larger than {max_bytes // 1024} KiB", hint="that is no recipe")
+        with open(path, "rb") as stream:
+            data = stream.read(max_bytes + 1)  # it may have grown meanwhile; `loads` looks at the size again
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a text file") from error
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    return loads(text, str(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -12,19 +12,12 @@ from typing import Any
 
 import yaml
 
+from synthkit.config import safe_yaml
 from synthkit.errors import ConfigError, ModelError, nearest
 
 SUFFIXES = (".yaml", ".yml", ".json")
+_MOST_CLASSES = 1 << 20
 _SIZE_CAP = 2_000_000  # bytes; a card with 20,000 class names stays far below
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases, so that a small file cannot unfold into a huge one."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed in a card")
-        return super().compose_node(parent, index)
 
 
 @dataclass(kw_only=True)
@@ -99,11 +92,12 @@ class ModelCard:
         if path.stat().st_size > _SIZE_CAP:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes are too many for a model card")
         try:
-            text = path.read_text(encoding="utf-8")
-            data = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_Loader)  # noqa: S506
-        except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as a model card: {' '.join(str(error).split())}") from None
-        return cls.from_dict(data, str(path))
+            text = safe_yaml.read_text(path, _SIZE_CAP)
+            data = json.loads(text) if path.suffix.lower() == ".json" else safe_yaml.loads(text, "it", _SIZE_CAP)
+        except (ConfigError, ValueError, RecursionError) as error:  # ValueError: also an int of thousands of digits
+            what = f"{path}: not readable as a model card (a mapping of names to values): "
+            raise ConfigError(what + " ".join(str(error).split())) from None
+        return cls.from_dict(data or None, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, keys that are not set left out."""
@@ -153,10 +147,10 @@ def _check(card: ModelCard) -> None:
         if (value is None and key != "arch") or (isinstance(value, str) and value):
             continue
         raise ConfigError(f"{key} must be text", got=value)
-    if not _is_int(card.num_classes) or card.num_classes < 1:
-        raise ConfigError("num_classes must be a positive whole number", got=card.num_classes)
+    if not _is_int(card.num_classes) or not 1 <= card.num_classes <= _MOST_CLASSES:
+        raise ConfigError(f"num_classes must be a positive whole number up to {_MOST_CLASSES}", got=card.num_classes)
     size: Any = card.input_size
-    if not isinstance(size, list | tuple) or len(size) != 3 or not all(_is_int(v) and v > 0 for v in size):
+    if not isinstance(size, list | tuple) or len(size) != 3 or not all(_is_int(v) and 0 < v <= 1 << 14 for v in size):
         raise ConfigError("input_size must be three positive whole numbers: channels, height, width", got=size)
     card.input_size = (size[0], size[1], size[2])
     card.mean = _numbers("mean", card.mean, size[0])
