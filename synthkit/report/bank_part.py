@@ -360,8 +360,16 @@ def _facts(source: BankSource) -> Markup | None:
         ("teacher", text(teacher.get("spec") or teacher.get("name") or teacher.get("arch"))),
         ("teacher sha256", text(teacher.get("sha256"))),
         ("teacher licence", text(teacher.get("licence"))),
-        ("made from the banks", ", ".join(clean(p, 80) for p in info["parents"][:10]) or None),
+        ("made from the banks", ", ".join(_parent(p) for p in info["parents"][:10]) or None),
         ("seed", str(info["seed"])), ("created", text(info["created"])), ("uuid", info["uuid"]),
         ("recipe hash", text(info["recipe_hash"])), ("root hash", text(info["root"])),
     ])  # fmt: skip
     return details("The bank", listed) if listed else None
+
+
+def _parent(parent: object) -> str:
+    """Name of a bank that this one was made from, with the beginning of its root; a stranger may have written it."""
+    if not isinstance(parent, dict):
+        return clean(parent, 80)
+    name, root = parent.get("name") or parent.get("uuid") or "unnamed", str(parent.get("root") or "")
+    return clean(f"{name} (root {root[:12]})" if root else name, 80)
