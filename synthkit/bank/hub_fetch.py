@@ -114,7 +114,6 @@ class Fetch:
             os.replace(part, place)
 
     def _download(self, wanted: Wanted, remote: RemoteFile, part: Path) -> None:
-        from huggingface_hub import hf_hub_url  # pyright: ignore[reportMissingImports]  # optional
         from huggingface_hub.file_download import http_get  # pyright: ignore[reportMissingImports]  # optional
 
         have = part.stat().st_size if part.is_file() else 0
@@ -124,8 +123,8 @@ class Fetch:
         self._progress(have)
         if have == remote.size and have:
             return
-        url = hf_hub_url(self._repo.name, wanted.name, repo_type="dataset", revision=self._commit,
-                         endpoint=self._api.endpoint)  # fmt: skip
+        # repository, commit and name were all matched against plain patterns: nothing in them needs quoting
+        url = f"{self._api.endpoint}/datasets/{self._repo.name}/resolve/{self._commit}/{wanted.name}"
         headers = self._api._build_hf_headers(token=self._token)
         with open(part, "ab") as stream, hub_errors(self._repo, f"fetching {wanted.name}"):
             bounded = Bounded(stream, have, remote.size, wanted.name, self._arrived)
