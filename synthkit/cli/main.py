@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SynthkitError as error:
         name = f"synthkit {command}".strip()
         text = str(error).removeprefix(f"{name}: ").removeprefix(f"{command}: ")
+        # what a bank or file says of itself may be quoted here: it must not steer the terminal
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         print(f"{name}: error: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

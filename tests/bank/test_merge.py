@@ -19,6 +19,7 @@ from synthkit.bank.make import bank_from_arrays
 from synthkit.bank.merge import merge
 from synthkit.bank.verify import VerifyReport
 from synthkit.cli.bank import main
+from synthkit.cli.main import main as synthkit_main
 from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
 from .banks import fill, make_bank, make_spec, shard_arrays, whole
@@ -182,6 +183,16 @@ def test_different_teachers(tmp_path):
     spec = Bank(tmp_path / "c").spec
     assert spec.teacher["name"] == "several" and [t["arch"] for t in spec.teacher["teachers"]] == ["lenet5", "resnet8"]
     assert [p["teacher_sha256"] for p in spec.parents] == ["ab" * 32, "cd" * 32]
+
+
+def test_names_from_a_bank_do_not_steer_the_terminal(tmp_path, capsys):
+    for seed, name in ((7, "\x1b[2Jgone"), (8, "\u202eevil")):
+        bank_at(tmp_path / str(seed), seed=seed, teacher={"arch": name})
+    words = ["bank", "merge", str(tmp_path / "7"), str(tmp_path / "8"), "--out", str(tmp_path / "c")]
+    assert synthkit_main(words) == 2
+    assert synthkit_main([*words, "--allow-different-teachers"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "?[2Jgone" in said and "\x1b" not in said and "\u202e" not in said
 
 
 def test_without_logits_teachers_may_differ(tmp_path):
