@@ -15,7 +15,7 @@ from pathlib import Path
 
 from synthkit.bank.errors import BankBusyError
 from synthkit.bank.shard import file_sha256
-from synthkit.bank.storage import publish, publish_new, sync_folder, temp_path
+from synthkit.bank.storage import make_folder, publish, publish_new, sync_folder, temp_path
 
 
 class Beaten(BankBusyError):
@@ -33,17 +33,18 @@ def commit(path: Path, data: bytes | memoryview, text: bytes, fence: Callable[[]
     """
     record = path.with_suffix(".json")
     digest = hashlib.sha256(data).hexdigest()
+    make_folder(path.parent)  # once: a folder that vanishes later is not made anew, without what was in it
     fence()
-    mine = _place(path, data, record)
+    mine = _place(path, data, record, digest)
     try:
         sync_folder(path.parent)  # the data's name is safe before the record can be
         fence()
         try:
-            publish(record, text, new=True)
+            publish(record, text, new=True, make=False)
         except FileExistsError:
             if not _is(path, mine, digest):
                 raise _beaten(path) from None
-            publish(record, text)  # the record of a run whose bytes are no longer there: it described none
+            publish(record, text, make=False)  # the record of a run whose bytes are no longer there: it described none
         sync_folder(path.parent)
         if not _is(path, mine, digest):
             raise _beaten(path)
@@ -56,15 +57,20 @@ def commit(path: Path, data: bytes | memoryview, text: bytes, fence: Callable[[]
         os.close(mine)
 
 
-def _place(path: Path, data: bytes | memoryview, record: Path) -> int:
+def _place(path: Path, data: bytes | memoryview, record: Path, digest: str) -> int:
     """Publish the data file, never over another one; returns its descriptor, which tells it from others."""
     for _ in range(3):
         if os.path.lexists(path):
             _take_away(path, record)
         try:
-            return publish(path, data, new=True, keep=True)
+            return publish(path, data, new=True, keep=True, make=False)
         except FileExistsError:
             continue
+        except BaseException:  # interrupted after the rename, before anyone could be told of it
+            if not record.exists() and holds(path, digest):
+                with contextlib.suppress(OSError, Beaten):
+                    _take_away(path, record)
+            raise
     raise _beaten(path)
 
 

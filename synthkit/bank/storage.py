@@ -62,17 +62,18 @@ def temp_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{host()}-{os.getpid()}")
 
 
-def publish(path: Path, data: bytes | memoryview, *, new: bool = False, keep: bool = False) -> int:
+def publish(path: Path, data: bytes | memoryview, *, new: bool = False, keep: bool = False, make: bool = True) -> int:
     """Write `data` to a temporary, fsync it and rename it to `path`. The caller syncs the folder.
 
-    With `new` an existing `path` is never replaced. With `keep` the file is left open and its descriptor returned (-1
-    otherwise): while it is open, no other file can have its inode.
+    Its folder is made if need be, unless `make` is off. With `new` an existing `path` is never replaced. With `keep`
+    the file is left open and its descriptor returned (-1 otherwise): while it is open, no other file has its inode.
 
     Raises:
         FileExistsError: `new`, and there is a `path`.
         OSError: as the system said it; the temporary is gone then.
     """
-    make_folder(path.parent)
+    if make:
+        make_folder(path.parent)
     temp, kept = temp_path(path), -1
     _mine.add(str(temp.absolute()))
     try:

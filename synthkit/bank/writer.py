@@ -134,6 +134,7 @@ class BankWriter:
             UsageError: a column is unknown, missing or malformed. NonFiniteError: a value is not finite.
             StorageError: disk full or the like; the shard does not exist then and no part of it is left.
         """
+        self._require_bank()
         if self.spec.transform and not state.entries(self.path / "transform"):
             raise UsageError("bank: images_f16 cannot be read as meant before the transform is written",
                              hint="call write_transform(arrays) first")  # fmt: skip
@@ -188,6 +189,7 @@ class BankWriter:
 
     def save_state(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
         """Commit the engine's state `index`: what is needed to go on with shard `index` when all before it are done."""
+        self._require_bank()
         state.save_entry(self.path / "state", index, arrays, meta)
 
     def load_state(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
@@ -201,6 +203,7 @@ class BankWriter:
 
     def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
         """Commit generator snapshot `index`, which `distill --fresh` draws from; a bank's seal takes it in."""
+        self._require_bank()
         state.save_entry(self.path / "generators", index, arrays, meta)
         seal.admit_generator(self.path, index)
 
@@ -242,6 +245,12 @@ class BankWriter:
     def lock(self) -> contextlib.AbstractContextManager[Claim]:
         """Context in which no other run can hold any of this bank: a claim of the whole."""
         return self.claim(None)
+
+    def _require_bank(self) -> None:
+        """Refuse to write where the bank was removed: making its folders anew would leave a bank without a record."""
+        if not (self.path / "bank.json").exists():
+            raise StorageError(f"{self.path}: the bank's folder vanished while the run was writing",
+                               hint="nothing is written there now; put it back, then go on with --resume")  # fmt: skip
 
     def _check_claim(self, index: int) -> None:
         mine = [held for held in self._claims if held.covers(index)]

@@ -7,14 +7,16 @@ committed shard is verified in depth and compared with the unbroken run; at the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("bench resume: --kills must be at least 1", got=args.kills)
     words = ["--teacher", args.teacher, *_with_defaults(rest)]
     work = args.work or Path(tempfile.mkdtemp(prefix="synthkit-kill-"))
-    result = kill_and_resume(words, kills=args.kills, seed=args.kill_seed, work=work)
+    with _terminated():
+        result = kill_and_resume(words, kills=args.kills, seed=args.kill_seed, work=work)
     if args.work is None and result["equal"] and result["all_verified"]:
         shutil.rmtree(work)
     if args.out:
@@ -66,6 +69,20 @@ def main(argv: list[str]) -> int:
     if not (result["equal"] and result["all_verified"]):
         raise RunError("bench resume: a check failed", hint=f"the banks and logs are kept in {work}")
     return 0
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM ends the block like Ctrl-C does: the run that is being measured is not left behind."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_defaults(words: Sequence[str]) -> list[str]:
@@ -185,6 +202,7 @@ class _Leg:
                 time.sleep(_POLL)
         except BaseException:  # Ctrl-C: no process is left behind
             self.process.kill()
+            self.process.wait()
             raise
         return False
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from synthkit.config.parse import config_to_dict
 from synthkit.config.schema import SynthesizeConfig
-from synthkit.errors import RunError, SynthkitError
+from synthkit.errors import RunError, StorageError, SynthkitError
 from synthkit.runtime import RunDir, Runtime, hardware, peak_memory, versions
 
 
@@ -59,6 +59,8 @@ class RunRecord:
 
     def write(self, status: str, **facts: Any) -> None:
         """Write run.json."""
+        if not self.dir.path.is_dir():  # never made anew: a folder with run.json alone would be in the way of a new run
+            raise StorageError(f"{self.dir.path}: the folder vanished while the run was writing")
         seconds = sum(leg["seconds"] for leg in self._legs)
         steps = sum(leg["steps"] for leg in self._legs)
         self.dir.write_json(

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from workshop import save_teacher
 
@@ -75,3 +81,19 @@ def test_a_work_folder_in_use(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UsageError, match="not empty"):
         resume.kill_and_resume(["--teacher", "lenet5_bn"], kills=1, work=tmp_path)
+
+
+def test_sigterm_leaves_no_run_behind(tmp_path):
+    """The run that is being measured ends with the campaign."""
+    card = save_teacher(tmp_path / "teacher")
+    words = ["--teacher", str(card), "--kills", "1", *TINY, "--images", "60000", "--work", str(tmp_path / "work")]
+    code = f"from synthkit.bench import resume\nresume.main({words!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(resume.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    campaign = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (runs := psutil.Process(campaign.pid).children()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(runs) == 1 and "synthesize" in runs[0].cmdline()
+    campaign.terminate()
+    assert campaign.wait(30) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(runs, timeout=10)[1] == []
