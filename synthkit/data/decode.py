@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from synthkit.data.real import decode_threads, require_memory, resize_images
@@ -18,6 +19,11 @@ from synthkit.errors import DataError
 MAX_PIXELS = 64 << 20
 """An image that claims more pixels is refused before it is decoded (decompression bombs)."""
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
+# What PIL's readers raise for a broken or hostile file; UnidentifiedImageError is an OSError.
+_BROKEN = (
+    OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError,
+    ArithmeticError, AttributeError, RuntimeError, MemoryError,
+)  # fmt: skip
 _DEEP = {"I", "F", "I;16", "I;16L", "I;16B"}
 
 Source = Path | bytes
@@ -35,7 +41,7 @@ def open_image(source: Source, label: str) -> Image.Image:
     """
     try:
         image = Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=_FORMATS)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{label}: not a readable image ({error})", hint="remove or repair the file") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"{label}: {image.width}x{image.height} pixels are above the limit of {MAX_PIXELS}")
@@ -48,7 +54,7 @@ def _pixels(image: Image.Image, channels: int, label: str) -> Tensor:
     """uint8 (1,C,H,W)."""
     try:
         array = np.array(image.convert("L" if channels == 1 else "RGB"))  # a copy: PIL's buffer is read-only
-    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{label}: cannot be decoded ({error})", hint="remove or repair the file") from error
     return torch.from_numpy(array).reshape(1, image.height, image.width, channels).permute(0, 3, 1, 2)
 

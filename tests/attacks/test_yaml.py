@@ -89,7 +89,8 @@ def test_model_card(tmp_path, name):
 
 
 @pytest.mark.parametrize("text", [
-    "", "[]", "{", '{"arch": NaN}', '{"arch": ' + "9" * 10_000 + "}", "[" * 100_000, '{"arch": "resnet20", "num_classes": 1e9}',
+    "", "[]", "{", '{"arch": NaN}',
+    '{"arch": ' + "9" * 10_000 + "}", "[" * 100_000, '{"arch": "resnet20", "num_classes": 1e9}',
     '{"arch": ["resnet20"], "num_classes": 10}', '{"arch": "os:system", "num_classes": 10, "input_size": [3,32,32]}',
     '{"arch": "resnet20", "num_classes": true, "input_size": [3,32,32], "mean": [0,0,0], "std": [1,1,1]}',
     '{"arch": "resnet20", "num_classes": 10, "input_size": [3,1e6,1e6], "mean": [0,0,0], "std": [1,1,1]}',

@@ -13,7 +13,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -122,7 +122,9 @@ def _samples(files: list[Path]) -> Iterator[tuple[str, Sample]]:
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
-    with _tar_errors(file), tarfile.open(file, "r:*") as archive:
+    # Uncompressed only, as WebDataset's own tools write it: extended headers are read at once, and those of a
+    # compressed tar can unfold to any size. Of a plain tar they are bounded by `_Bounded`.
+    with _tar_errors(file), open(file, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, file), mode="r:") as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # it remembers each; a million would fill the memory
             if member.isdir():
@@ -137,6 +139,20 @@ def _members(file: Path) -> Iterator[tuple[str, bytes]]:
             if len(data) != member.size:
                 raise DataError(f"{file}: {member.name[:200]} ends early", hint="the tar is truncated")
             yield member.name, data
+
+
+class _Bounded:
+    """A file whose single reads are bounded: a header of a sparse tar may claim (and cost) any number of bytes."""
+
+    def __init__(self, raw: IO[bytes], where: Path):
+        self._raw, self._where = raw, where
+        self.seek, self.tell, self.name = raw.seek, raw.tell, str(where)
+
+    def read(self, size: int = -1) -> bytes:
+        """At most `MAX_FILE` bytes at once."""
+        if not 0 <= size <= MAX_FILE:
+            raise DataError(f"{self._where}: a header of the tar claims {size:,} bytes")
+        return self._raw.read(size)
 
 
 @contextlib.contextmanager
