@@ -20,6 +20,7 @@ from synthkit.errors import BankError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from synthkit.bank.resident import ResidentBank
     from synthkit.bank.verify import VerifyReport
@@ -138,6 +139,19 @@ class Bank:
         from synthkit.report.grid import grid_html
 
         return grid_html(self)
+
+    def show(
+        self, per_class: int = 10, *, max_classes: int = 20, classes: Sequence[int] | None = None,
+        title: str | None = None,
+    ) -> Image:  # fmt: skip
+        """A picture of the bank as a PIL image: one row per class, from easy to hard (see `report/grid.py`).
+
+        Raises:
+            UsageError: a number is out of range. BankError: the bank is damaged, or no shard is committed yet.
+        """
+        from synthkit.report.grid import grid_image
+
+        return grid_image(self, per_class, max_classes=max_classes, classes=classes, title=title)
 
     def has(self, column: str) -> bool:
         """Whether every committed shard has `column`."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CELL = 64  # pixels that an image takes on the page, about
 GAP, ROW_GAP, MARGIN = 3, 7, 22
 INK, FAINT, EMPTY = (32, 36, 44), (126, 132, 144), (240, 241, 244)
+LOOKED_AT, BLOCKS = 1 << 17, 512
 RAMP = ((38, 140, 132), (240, 180, 62), (206, 62, 54))  # easy, middle, hard
 
 
@@ -72,11 +73,9 @@ def grid_image(
     if max_classes < 1:
         raise UsageError("show: max_classes must be at least 1", got=max_classes)
     labelled = bank.has("labels") and bank.spec.label_kind != "none"
-    labels = bank.column("labels") if labelled else np.zeros(len(bank), np.int32)
-    counts = np.bincount(labels, minlength=bank.num_classes)
+    counts = class_counts(bank) if labelled else np.array([len(bank)])
     rows = _rows(counts, classes, max_classes) if labelled else [0]
-    key, meaning = order_key(bank)
-    picked = [pick(labels, key, row, per_class) for row in rows]
+    picked, keys, meaning = _pick_rows(bank, rows, counts, per_class, labelled)
     per_class = max([1] + [len(p) for p in picked])  # no column stays empty
 
     big, small = _font(15), _font(12)
@@ -97,12 +96,12 @@ def grid_image(
     draw.text(
         (MARGIN, MARGIN + 20), _shorten(_subtitle(bank, len(rows), labelled), small, size[0] - 2 * MARGIN), FAINT, small
     )
-    columns = [[k for p in picked for k in key[p[j : j + 1]]] for j in range(per_class)]
+    columns = [[k for key in keys for k in key[j : j + 1]] for j in range(per_class)]
     _scale(draw, left, top, width_cell, columns, meaning)
     for number, (row, chosen, name) in enumerate(zip(rows, picked, names, strict=True)):
         y = top + number * (height_cell + ROW_GAP)
         draw.text((MARGIN, y + height_cell / 2 - 9), name, INK, big, anchor="lm")
-        count = f"{counts[row] if labelled else len(bank):,}"
+        count = f"{counts[row]:,}"
         draw.text((MARGIN, y + height_cell / 2 + 10), count, FAINT, small, anchor="lm")
         for column in range(per_class):
             x = left + column * (width_cell + GAP)
@@ -114,13 +113,50 @@ def grid_image(
     return page
 
 
-def order_key(bank: Bank) -> tuple[np.ndarray, str]:
-    """What a grid orders by, one number per image, and its name: difficulty, else step, else stored order."""
-    if bank.has("difficulty"):
-        return bank.column("difficulty").astype(np.float64), "difficulty"
-    if bank.has("origin_step"):
-        return bank.column("origin_step").astype(np.float64), "step"
-    return np.arange(len(bank), dtype=np.float64), "stored order"
+def class_counts(bank: Bank) -> np.ndarray:
+    """Images per class, from the records of the shards where they tell."""
+    histograms = [s.raw.get("label_histogram") for s in bank.sidecars]
+    if all(h is not None for h in histograms):
+        return np.sum(np.array(histograms, dtype=np.int64).reshape(-1, bank.num_classes), axis=0)
+    return np.bincount(bank.column("labels"), minlength=bank.num_classes)
+
+
+def looked_at(count: int) -> np.ndarray:
+    """The rows that a picture is chosen from: all, or of more than 131,072 as many in blocks spread evenly."""
+    if count <= LOOKED_AT:
+        return np.arange(count)
+    size = LOOKED_AT // BLOCKS
+    starts = np.linspace(0, count - size, BLOCKS).astype(np.int64)
+    return (starts[:, None] + np.arange(size)).reshape(-1)
+
+
+def _pick_rows(
+    bank: Bank, rows: list[int], counts: np.ndarray, per_class: int, labelled: bool
+) -> tuple[list[np.ndarray], list[np.ndarray], str]:
+    """Images of each class in `rows`, what they are ordered by, and its name; large banks are looked at in part."""
+    seen = looked_at(len(bank))
+    labels = np.zeros(len(seen), np.int32) if not labelled else bank.batch(seen, columns=("labels",)).labels
+    if labelled and len(seen) < len(bank):
+        present = np.bincount(labels, minlength=bank.num_classes)
+        if any(counts[row] and present[row] < min(counts[row], per_class) for row in rows):
+            seen = np.arange(len(bank))  # a rare class hides between the blocks
+            labels = bank.column("labels")
+    key, meaning = order_key(bank, seen)
+    chosen = [pick(labels, key, row, per_class) for row in rows]  # type: ignore[arg-type]
+    return [seen[c] for c in chosen], [key[c] for c in chosen], meaning
+
+
+def order_key(bank: Bank, rows: np.ndarray | None = None) -> tuple[np.ndarray, str]:
+    """What a grid orders by, one number per image, and its name: difficulty, else step, else stored order.
+
+    Args:
+        rows: the images asked for; none takes all.
+    """
+    rows = np.arange(len(bank)) if rows is None else rows
+    for column, name in (("difficulty", "difficulty"), ("origin_step", "step")):
+        if bank.has(column):
+            return np.asarray(getattr(bank.batch(rows, columns=(column,)), column), np.float64), name
+    return rows.astype(np.float64), "stored order"
 
 
 def pick(labels: np.ndarray, key: np.ndarray, label: int, count: int) -> np.ndarray:
@@ -215,6 +251,8 @@ def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
     parts = [f"{len(bank):,} images", " x ".join(str(v) for v in bank.shape)]
     if labelled:
         parts.append(f"{bank.num_classes} classes" + (f", {rows} shown" if rows < bank.num_classes else ""))
+    if len(bank) > LOOKED_AT:
+        parts.append(f"{LOOKED_AT:,} of them looked at")
     teacher = bank.spec.teacher.get("name") or bank.spec.teacher.get("arch")
     parts.append(f"method {method_of(bank.spec)}")
     parts += [f"teacher {teacher}"] if teacher else []
