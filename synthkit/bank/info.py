@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.bank.card import licence_of, origin_line
+from synthkit.bank.labels import summaries
 from synthkit.bank.seal import read_manifest, root_hash
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def info(bank: Bank) -> dict[str, Any]:
         "bytes": sum(s.bytes for s in sidecars), "columns": bank.columns, "label_kind": spec.label_kind,
         "label_histogram": counts, "balance": balance(counts),
         "top_k": spec.top_k, "transform": spec.transform or None, "label_sets": bank.label_sets(),
+        "label_set_facts": summaries(bank),
         "mean_difficulty": mean("mean_difficulty"), "difficulty_range": span("difficulty_range"),
         "difficulty_by_shard": [s.raw.get("mean_difficulty") for s in sidecars],
         "difficulty_by_tenth": tenths([(s.n, s.raw.get("mean_difficulty")) for s in sidecars]),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import views
-from synthkit.bank.labels import (
+from synthkit.bank.label_spec import (
     LabelSpec,
     committed_labels,
     label_file,

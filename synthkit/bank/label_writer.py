@@ -12,16 +12,16 @@ from typing import Any
 from synthkit.bank import views
 from synthkit.bank.commit import Beaten, commit
 from synthkit.bank.errors import BankMismatchError
-from synthkit.bank.labels import (
+from synthkit.bank.label_spec import (
     LabelSpec,
     committed_labels,
     label_file,
-    mismatch,
     read_label_record,
     read_label_sidecar,
     record_of,
     set_path,
 )
+from synthkit.bank.labels import mismatch
 from synthkit.bank.lock import Claim, claim
 from synthkit.bank.reader import Bank
 from synthkit.bank.seal import root_hash, signed

@@ -96,7 +96,7 @@ class Claim:
         """Raise `BankBusyError` when another run has taken the claim over, `StorageError` when the bank is gone."""
         if os.path.lexists(self.path):
             return
-        if not (self.bank / "bank.json").exists():
+        if not any((self.bank / record).exists() for record in ("bank.json", "labels.json")):  # a label set has claims
             raise StorageError(f"{self.bank}: the bank's folder vanished while the run was writing")
         heirs = [h.name for h in read_claims(self.bank) if _overlap(self.shards, h.shards)]
         taker = f"by {heirs[0]}" if heirs else "by a run that has ended since"

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from synthkit.bank import Bank, LabelSet, LabelSpec, LabelWriter
-from synthkit.bank.labels import check_name, plan_rows_per_shard, set_path
+from synthkit.bank.label_spec import check_name, plan_rows_per_shard, set_path
 from synthkit.bank.stored import pixel_column
 from synthkit.bank.topk import compress_topk, tail_error
 from synthkit.bank.views import ViewDraw, ViewPolicy, Views, apply_views, join_views

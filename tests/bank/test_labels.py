@@ -18,7 +18,7 @@ from synthkit.bank import (
     LabelSpec,
     LabelWriter,
 )
-from synthkit.bank.labels import check_name
+from synthkit.bank.label_spec import check_name
 from synthkit.bank.repair import repair
 from synthkit.bank.topk import compress_topk
 from synthkit.bank.verify import verify
@@ -262,3 +262,28 @@ def test_hostile_records_are_typed_errors(bank):
     with pytest.raises(BankError, match="not a folder"):
         Bank(bank).labels("a")
     assert not verify(bank).ok
+
+
+def test_info_says_what_a_bank_carries(bank, capsys):
+    from synthkit.cli.main import main
+
+    fill(LabelWriter.create(bank, "fkd", spec_of(bank, "views", top_k=2)))
+    fill(LabelWriter.create(bank, "half", spec_of(bank)), [0])
+    fill(LabelWriter.create(bank, "bad", spec_of(bank)))
+    (bank / "labels" / "bad" / "00000.json").write_text("{")
+    facts = Bank(bank).info()
+    assert facts["label_sets"] == ["bad", "fkd", "half"]
+    damaged, views, half = facts["label_set_facts"]
+    assert set(damaged) == {"name", "damaged"} and views["rows"] == 159 and views["complete"] and not half["complete"]
+    assert views["bytes"] == sum(p.stat().st_size for p in (bank / "labels" / "fkd").glob("*.h5"))
+    assert main(["bank", "info", str(bank)]) == 0
+    out = capsys.readouterr().out
+    assert "fkd: 159 views, top 2" in out and "half: 53 images, all logits" in out and "bad: damaged" in out
+
+
+def test_a_claim_taken_over_stops_the_writer(bank):
+    writer = LabelWriter.create(bank, "a", spec_of(bank))
+    with pytest.raises(BankBusyError, match="taken over"), writer.claim([0]) as held:
+        held.path.unlink()
+        fill(writer, [0])
+    assert not list((bank / "labels" / "a").glob("*.h5"))

@@ -50,7 +50,7 @@ def info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
         "shards": f"{facts['shards']} of {facts['shards_planned']} ({state}), {facts['bytes'] / 1e6:,.1f} MB",
         "columns": ", ".join(facts["columns"]) or "none yet",
         "labels": ", ".join([f"{facts['label_kind']}, {facts['num_classes']} classes", *filter(None, logits)]),
-        "label sets": ", ".join(map(clean, facts["label_sets"])) or "none",
+        "label sets": "; ".join(map(_label_set, facts["label_set_facts"])) or "none",
         **({"transform": clean(facts["transform"].get("kind"))} if facts["transform"] else {}),
         "balance": number("balance", ".3f", " (1 is even)"),
         "difficulty": number("mean_difficulty", ".4g", f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""),
@@ -74,6 +74,15 @@ def info_lines(bank: Bank, facts: dict[str, Any]) -> list[str]:
     if not facts["complete"]:
         lines.append("unfinished: go on with synthkit synthesize ... --resume")
     return lines
+
+
+def _label_set(facts: dict[str, Any]) -> str:
+    """ "fkd: 8,000 views, top 3, 0.5 MB"."""
+    if "damaged" in facts:
+        return f"{clean(facts['name'])}: damaged (synthkit bank verify)"
+    kept = "all logits" if facts["top_k"] is None else f"top {facts['top_k']}"
+    state = "" if facts["complete"] else ", unfinished"
+    return f"{clean(facts['name'])}: {facts['rows']:,} {facts['kind']}, {kept}, {facts['bytes'] / 1e6:,.1f} MB{state}"
 
 
 def _histogram(names: list[str], counts: list[int], shown: int = 20) -> list[str]:
