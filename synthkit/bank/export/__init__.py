@@ -86,17 +86,15 @@ class Plan:
             OutputExistsError: the target exists. StorageError: no room, or writing failed; nothing is left then.
             BankError: a shard is damaged; nothing is left then.
         """
-        from synthkit.bank import card
         from synthkit.bank.export import provenance
         from synthkit.bank.storage import staged
 
         _require_room(self)
         source, made = self.source, self.made
         facts = provenance.provenance(source, self.name, made)
-        front = made.front() or card.front_matter(source.spec, source.bank.record, source.bank.sidecars)
         with staged(self.target) as folder:
             files = made.write(folder, advance or (lambda _: None))
-            (folder / "README.md").write_bytes(provenance.readme(source, made, facts, front))
+            (folder / "README.md").write_bytes(provenance.readme(source, made, facts))
             (folder / "synthkit.json").write_bytes(provenance.record_bytes(facts, files))
         return self.target
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from synthkit.bank import card
 from synthkit.bank.export.source import Source
 from synthkit.errors import UsageError
 
@@ -52,9 +53,21 @@ class Format:
         """Files that are made, about; to be refused where the file system has no room for so many."""
         return 1
 
-    def front(self) -> dict[str, Any] | None:
-        """Metadata block of README.md; None takes the one of the bank's card."""
-        return None
+    title: str | None = None
+    """Title of README.md; None makes one from method and teacher."""
+    hub_files: str | None = None
+    """Pattern of the files that Hugging Face's `load_dataset` reads as rows; None: it cannot read this format."""
+    hub_split = "train"
+    """Name of the split that those files make."""
+
+    def front(self) -> dict[str, Any]:
+        """Metadata block of README.md. Without its `configs`, `load_dataset` may take synthkit.json for the rows."""
+        source = self.source
+        block = card.front_matter(source.spec, source.bank.record, source.bank.sidecars, name=self.title)
+        if self.hub_files is None:
+            return {**block, "viewer": False}
+        files = [{"split": self.hub_split, "path": self.hub_files}]
+        return {**block, "configs": [{"config_name": "default", "data_files": files}]}
 
     def check(self) -> None:
         """Refuse what cannot be exported, before anything is written. Raises `UsageError`."""

@@ -39,6 +39,7 @@ class ImageFolder(Format):
     """
 
     Options = ImageFolderOptions
+    hub_files = "*/*.png"
     carries = (
         "images", "labels", "logits", "difficulty", "origin_step", "origin_seed", "topk_index", "topk_logit",
         "tail_logsumexp",
@@ -66,6 +67,7 @@ class ImageFolder(Format):
             shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
             what = f"no image has label {shown}: the folder stays, empty, so that the label numbers hold"
             self.notes.append(f"{what}; read with ImageFolder(DIR, allow_empty=True)")
+            self.notes.append("Hugging Face's imagefolder forgets empty classes, its labels shift: use parquet there")
 
     def estimate(self) -> int:
         """See `Format.estimate`."""

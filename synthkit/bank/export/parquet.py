@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.bank import card
 from synthkit.bank.export.base import Format, need_range, worked
 from synthkit.bank.export.names import unique_names
 from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_rows, png_workers
@@ -154,12 +153,20 @@ class Parquet(Format):
         meta = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=True)}
         return pyarrow.schema(fields, metadata=meta)
 
-    def front(self) -> dict[str, Any]:
-        """The metadata block of the dataset card."""
-        source, files = self.source, f"data/{self.options.split}-*"
-        block = card.front_matter(source.spec, source.bank.record, source.bank.sidecars, name=self.options.title)
-        return {**block, "configs": [
-            {"config_name": "default", "data_files": [{"split": self.options.split, "path": files}]}]}  # fmt: skip
+    @property
+    def title(self) -> str | None:  # type: ignore[override]  # an option here
+        """Title of the dataset card."""
+        return self.options.title
+
+    @property
+    def hub_split(self) -> str:  # type: ignore[override]
+        """The split."""
+        return self.options.split
+
+    @property
+    def hub_files(self) -> str:  # type: ignore[override]
+        """Pattern of the files."""
+        return f"data/{self.options.split}-*"
 
     def usage(self) -> str:
         """See `Format.usage`."""

@@ -51,12 +51,10 @@ def record_bytes(facts: dict[str, Any], files: dict[str, Any]) -> bytes:
     return dump_json({**facts, "files": files})
 
 
-def readme(source: Source, made: Format, facts: dict[str, Any], front: dict[str, Any] | None = None) -> bytes:
-    """The file README.md: the bank's card, told for this export. Everything from the bank is escaped.
+def readme(source: Source, made: Format, facts: dict[str, Any]) -> bytes:
+    """The file README.md: the bank's card, told for this export. Everything from the bank is escaped."""
+    import yaml
 
-    Args:
-        front: metadata block (YAML) to put in front; none leaves it out.
-    """
     notes = "".join(f"- {card.escape(note)}\n" for note in made.notes)
     loading = f"```python\n{made.usage().strip()}\n```\n" + (f"\n{notes}" if notes else "")
     loading += (
@@ -64,9 +62,5 @@ def readme(source: Source, made: Format, facts: dict[str, Any], front: dict[str,
     )
     text = card.body(source.spec, source.bank.record, source.bank.sidecars, root=facts["bank"]["root"],
                      seal=facts["bank"]["seal"], loading=loading, columns=made.columns)  # fmt: skip
-    if front is None:
-        return text.encode()
-    import yaml
-
-    meta = yaml.safe_dump(front, sort_keys=False, allow_unicode=False, width=1000)
+    meta = yaml.safe_dump(made.front(), sort_keys=False, allow_unicode=False, width=1000)
     return f"---\n{meta}---\n\n{text}".encode()

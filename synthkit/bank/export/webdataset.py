@@ -44,6 +44,7 @@ class WebDataset(Format):
     """`bank-000000.tar` and on, made by the standard library; headers hold no time and no owner."""
 
     Options = WebDatasetOptions
+    hub_files = "*.tar"
     carries = ("images", "labels", *_ARRAYS, *_NUMBERS)
 
     _tars = 1

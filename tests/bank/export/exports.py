@@ -18,7 +18,8 @@ EMPTY = 2
 
 def make(
     path: Path, *, images: int = 23, shape: tuple[int, int, int] = (3, 6, 5), per_shard: int = 10, labels: bool = True,
-    logits: bool = True, top_k: int | None = None, f16: bool = False, rate: float | None = None, **changes: Any,
+    logits: bool = True, top_k: int | None = None, f16: bool = False, rate: float | None = None,
+    huge_seeds: bool = True, **changes: Any,
 ) -> Bank:  # fmt: skip
     """A finished bank of random images whose third class is empty."""
     rng = np.random.default_rng(5)
@@ -38,7 +39,7 @@ def make(
         "images": rng.integers(0, 256, (images, *shape), dtype=np.uint8),
         "difficulty": rng.random(images).astype(np.float32),
         "origin_step": rng.integers(0, 2**32, images, dtype=np.int64),
-        "origin_seed": rng.integers(2**62, 2**63, images, dtype=np.uint64) * 2 + 1,
+        "origin_seed": rng.integers(2**62, 2**63, images, dtype=np.uint64) * (2 if huge_seeds else 0) + 1,
     }
     if labels:
         drawn = rng.integers(0, len(HOSTILE) - 1, images)

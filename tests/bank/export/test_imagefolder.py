@@ -117,3 +117,14 @@ def test_what_png_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UsageError, match="1 to 4 channels"):
         export(tmp_path / "b", "imagefolder", tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+def test_hugging_face_reads_the_pictures_and_not_our_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    huggingface = pytest.importorskip("datasets")
+    bank = make(tmp_path / "b")
+    out = export(bank, "imagefolder", tmp_path / "o")
+    data = huggingface.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    names = [f"{label:03d}_" for label in sorted(stored(bank)["labels"])]
+    assert [data.features["label"].int2str(label)[:4] for label in data["label"]] == names
+    assert "use parquet there" in (out / "README.md").read_text(encoding="utf-8")  # its numbers skip the empty class

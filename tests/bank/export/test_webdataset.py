@@ -74,3 +74,13 @@ def test_a_name_is_no_path(tmp_path):
     make(tmp_path / "b")
     with pytest.raises(UsageError, match="letters"):
         export(tmp_path / "b", "webdataset", tmp_path / "o", name="../x")
+
+
+def test_hugging_face_reads_the_tars_and_not_our_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    datasets = pytest.importorskip("datasets")
+    rows = stored(make(tmp_path / "b", huge_seeds=False))  # its JSON reader stops at 2**63
+    out = export(tmp_path / "b", "webdataset", tmp_path / "o", shard_images=9)
+    data = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    same(np.stack([pixels(image) for image in data["png"]]), rows["images"])
+    same(np.array(data["cls"]), rows["labels"], np.int64)
