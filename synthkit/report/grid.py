@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CELL = 64  # pixels that an image takes on the page, about
 GAP, ROW_GAP, MARGIN = 3, 7, 22
 INK, FAINT, EMPTY = (32, 36, 44), (126, 132, 144), (240, 241, 244)
+PLAIN = (206, 209, 216)
 LOOKED_AT, BLOCKS = 1 << 17, 512
 RAMP = ((38, 140, 132), (240, 180, 62), (206, 62, 54))  # easy, middle, hard
 
@@ -79,7 +80,7 @@ def grid_image(
     per_class = max([1] + [len(p) for p in picked])  # no column stays empty
 
     big, small = _font(15), _font(12)
-    names = [_shorten(bank.class_names[r] if labelled else "all images", big, 150) for r in rows]
+    names = [_middle(bank.class_names[r] if labelled else "all images", big, 150) for r in rows]
     left = MARGIN + int(max(*(big.getlength(n) for n in names), small.getlength("0,000,000"))) + 14
     width_cell, height_cell = _cell(bank.shape)
     top = MARGIN + 102
@@ -87,15 +88,14 @@ def grid_image(
         left + per_class * (width_cell + GAP) - GAP + MARGIN,
         top + len(rows) * (height_cell + ROW_GAP) + MARGIN + 10,
     )
-    size = (max(size[0], 480), size[1])
+    subtitle = _subtitle(bank, len(rows), labelled)
+    size = (max(size[0], 480, min(720, int(small.getlength(subtitle)) + 2 * MARGIN + 1)), size[1])
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
 
     heading = _title(bank) if title is None else title + (f" ({REAL_LABEL})" if bank.spec.contains_real else "")
     draw.text((MARGIN, MARGIN - 4), _shorten(heading, _font(18), size[0] - 2 * MARGIN), INK, _font(18))
-    draw.text(
-        (MARGIN, MARGIN + 20), _shorten(_subtitle(bank, len(rows), labelled), small, size[0] - 2 * MARGIN), FAINT, small
-    )
+    draw.text((MARGIN, MARGIN + 20), _shorten(subtitle, small, size[0] - 2 * MARGIN), FAINT, small)
     columns = [[k for key in keys for k in key[j : j + 1]] for j in range(per_class)]
     _scale(draw, left, top, width_cell, columns, meaning)
     for number, (row, chosen, name) in enumerate(zip(rows, picked, names, strict=True)):
@@ -214,11 +214,13 @@ def _scale(draw: ImageDraw, left: int, top: int, cell: int, columns: list[list[f
     draw.text((left, y - 7), words[0], FAINT, small, anchor="ls")
     draw.text((right, y - 7), words[1], FAINT, small, anchor="rs")
     if right - left > 230:
-        draw.text(((left + right) / 2, y - 7), f"{meaning} (median of the column)", FAINT, small, anchor="ms")
+        what = meaning if meaning == "stored order" else f"{meaning} (median of the column)"
+        draw.text(((left + right) / 2, y - 7), what, FAINT, small, anchor="ms")
+    if meaning == "stored order":  # no colours: nothing here is easy or hard
+        draw.rectangle((left, y + 2, right - 1, y + 3), fill=PLAIN)
+        return
     for x in range(left, right):
         draw.line((x, y, x, y + 5), fill=_ramp((x - left) / max(1, right - left - 1)))
-    if meaning == "stored order":
-        return
     every = max(1, -(-44 // (cell + GAP)))
     for number in range(0, len(columns), every):
         if columns[number]:
@@ -248,15 +250,19 @@ def _title(bank: Bank) -> str:
 
 
 def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
-    parts = [f"{len(bank):,} images", " x ".join(str(v) for v in bank.shape)]
+    parts = [f"{len(bank):,} image{'' if len(bank) == 1 else 's'}"]
+    parts += [] if bank.complete else [f"unfinished ({len(bank):,} of {bank.spec.images:,})"]
+    parts.append(" x ".join(str(v) for v in bank.shape))
     if labelled:
-        parts.append(f"{bank.num_classes} classes" + (f", {rows} shown" if rows < bank.num_classes else ""))
+        parts.append(
+            f"{bank.num_classes} class{'' if bank.num_classes == 1 else 'es'}"
+            + (f", {rows} shown" if rows < bank.num_classes else "")
+        )
     if len(bank) > LOOKED_AT:
         parts.append(f"{LOOKED_AT:,} of them looked at")
     teacher = bank.spec.teacher.get("name") or bank.spec.teacher.get("arch")
     parts.append(f"method {method_of(bank.spec)}")
     parts += [f"teacher {teacher}"] if teacher else []
-    parts += [] if bank.complete else [f"unfinished ({len(bank):,} of {bank.spec.images:,})"]
     return "  ·  ".join(parts)
 
 
@@ -273,3 +279,14 @@ def _shorten(text: str, font: Font, width: int) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def _middle(text: str, font: Font, width: int) -> str:
+    """`text` shortened in its middle: names of classes often differ only at the end."""
+    text = "".join(c if c.isprintable() else " " for c in text)[:200]
+    if font.getlength(text) <= width:
+        return text
+    kept = len(text) - 1
+    while kept > 2 and font.getlength(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}") > width:
+        kept -= 1
+    return f"{text[: kept - kept // 2].rstrip()}…{text[len(text) - kept // 2 :].lstrip()}"

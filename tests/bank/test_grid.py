@@ -102,3 +102,55 @@ def test_png_is_a_picture(tmp_path):
 ])  # fmt: skip
 def test_short_number(value, text):
     assert _short_number(value) == text
+
+
+def test_large_banks_are_looked_at_in_part(tmp_path, monkeypatch):
+    """Only blocks of the label column are read, unless a class hides between them; the counts are exact all the same."""
+    from synthkit.report import grid
+
+    monkeypatch.setattr(grid, "LOOKED_AT", 64)
+    monkeypatch.setattr(grid, "BLOCKS", 8)
+    labels = np.zeros(4000, np.int64)
+    labels[1::2] = 1
+    images = np.full((4000, 1, 8, 8), 50, np.uint8)
+    plain = bank_from_arrays(tmp_path / "a", images, labels, num_classes=2, mean=[0.5], std=[0.2])
+    asked: list[int] = []
+    real = Bank.batch
+    monkeypatch.setattr(Bank, "batch", lambda self, i, columns=None: asked.append(len(i)) or real(self, i, columns))
+    monkeypatch.setattr(Bank, "column", lambda self, name: pytest.fail(f"the whole column {name} was read"))
+    assert grid.class_counts(plain).tolist() == [2000, 2000]
+    grid_image(plain, per_class=5)
+    assert max(asked) == 64
+    monkeypatch.undo()
+    monkeypatch.setattr(grid, "LOOKED_AT", 64)
+    labels[100:103] = 2
+    images[100:103] = 200
+    rare = bank_from_arrays(tmp_path / "b", images, labels, num_classes=3, mean=[0.5], std=[0.2])
+    assert (np.asarray(grid_image(rare, per_class=5)) == 200).all(axis=2).sum() == 3 * 64 * 64
+
+
+def test_show_returns_a_picture(tmp_path):
+    bank = grey_bank(tmp_path / "b")
+    picture = bank.show(4, classes=[2, 0], title="mine")
+    assert isinstance(picture, Image.Image) and picture.size[1] < bank.show(4).size[1]
+
+
+@pytest.mark.parametrize("images, shards", [(1, 1), (30, 3)])
+def test_notebooks_show_banks_of_any_state(tmp_path, images, shards):
+    from synthkit.bank import BankSpec, BankWriter
+
+    spec = BankSpec(shape=(3, 8, 8), num_classes=2, mean=[0.5] * 3, std=[0.2] * 3, images=images,
+                    images_per_shard=-(-images // shards))  # fmt: skip
+    writer = BankWriter.create(tmp_path / "b", spec)
+    assert "<pre>" in Bank(tmp_path / "b")._repr_html_()
+    count = spec.shard_size(shards - 1)
+    writer.write_shard(
+        shards - 1, {"images": np.zeros((count, 3, 8, 8), np.uint8), "labels": np.zeros(count, np.int32)}
+    )
+    assert "data:image/png;base64," in Bank(tmp_path / "b")._repr_html_()
+
+
+def test_in_ipython(tmp_path):
+    formatters = pytest.importorskip("IPython.core.formatters")
+    data, _ = formatters.DisplayFormatter().format(grey_bank(tmp_path / "b"))
+    assert data["text/html"].startswith("<figure") and data["text/plain"].startswith("Bank(")
