@@ -15,6 +15,8 @@ from synthkit.bank.shard import Sidecar, file_sha256, shard_file
 from synthkit.bank.storage import dump_json, make_folder, plain, publish, regular_size, temp_path
 from synthkit.errors import BankError
 
+_PIECE = 64 << 20  # bytes for one call: Ctrl-C is heard between two
+
 
 def copy_exact(source: Path, target: Path, sha256: str) -> None:
     """Copy a file; the copy's sha256 must be `sha256`.
@@ -49,7 +51,7 @@ def _kernel_copy(source: Path, target: Path, size: int) -> bool:
         left = size
         while left:
             try:
-                moved = os.copy_file_range(reader.fileno(), writer.fileno(), left)
+                moved = os.copy_file_range(reader.fileno(), writer.fileno(), min(left, _PIECE))
             except OSError:
                 return False  # across file systems of old kernels, overlays, ...: a plain copy says what is wrong
             if not moved:

@@ -394,6 +394,23 @@ def test_transform_and_generators_of_parts(tmp_path):
     assert Bank(tmp_path / "c").verify(deep=True).ok and state.entries(tmp_path / "c/state") == []
 
 
+def test_workers_on_separate_disks_make_the_bank_of_a_single_run(tmp_path, capsys):
+    data = bank_at(tmp_path / "data", images=400)
+    words = ["synthesize", "--method", "random_real", "--data", f"bank:{data.path}", "--images", "60", "--seed", "3",
+             "--images_per_shard", "8", "--device", "cpu", "--threads", "1"]  # fmt: skip
+    assert synthkit_main([*words, "--out", str(tmp_path / "single")]) == 0
+    for number in (1, 2, 3):
+        assert synthkit_main([*words, "--shards", f"{number}/3", "--out", str(tmp_path / f"host{number}")]) == 0
+    hosts = [str(tmp_path / f"host{number}") for number in (3, 1, 2)]
+    assert synthkit_main(["bank", "merge", *hosts, "--out", str(tmp_path / "c")]) == 0
+    assert "parts of one run" in capsys.readouterr().out
+    single, united = Bank(tmp_path / "single"), Bank(tmp_path / "c")
+    assert united.info()["root"] == single.info()["root"]
+    assert united.spec.contains_real == single.spec.contains_real
+    assert united.spec.recipe_hash() == single.spec.recipe_hash() and united.verify(deep=True).ok
+    assert synthkit_main([*words, "--resume", "--out", str(tmp_path / "c")]) == 0  # nothing is left to do
+
+
 # -- the command
 
 
