@@ -18,7 +18,7 @@ COMMANDS: dict[str, str] = {
     "distill": "train a student from a bank alone",
     "teach": "train a teacher on real data",
     "evaluate": "measure a model on labelled data, or its agreement with its teacher",
-    "bank": "info, ls, verify, repair, seal, show of a bank",
+    "bank": "info, verify, repair, merge, dedup, stats, privacy audit, import, push, pull, ... of a bank",
     "export": "a bank as ImageFolder, parquet, WebDataset, MDS, npz, .pt or safetensors",
     "report": "one self-contained HTML page of runs and banks",
     "list": "methods, losses, models, datasets, recipes, protocols, curricula, augmentations, formats",

@@ -121,6 +121,8 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     _check_student(cfg, bank)
     if bank.spec.contains_real:
         notes.append("the bank contains real images: this student is not data-free")
+    elif bank.spec.real_data_used:
+        notes.append("real data were used in making the bank: this student is not data-free")
     if not bank.complete:
         notes.append(f"the bank is unfinished: {len(bank)} of {bank.spec.images} images are used")
     return DistillTask(

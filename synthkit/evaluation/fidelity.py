@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from synthkit.runtime import Runtime
 
 WHAT = "agreement on synthetic bank (no real labels)"
+WHAT_REAL = "agreement on a bank that contains real images (its labels are not used)"
 
 
 def evaluate_fidelity(
@@ -47,7 +48,7 @@ def evaluate_fidelity(
         stored: where stored logits are read; none takes the bank's own.
 
     Returns:
-        JSON-able values: `what` (always "agreement on synthetic bank (no real labels)"), `n`, `agreement` (share of
+        JSON-able values: `what` (agreement, on a synthetic bank or one with real images), `n`, `agreement` (share of
         equal argmax), `kl` (mean KL(teacher || student), temperature 1, nats), `teacher_logits` ("live" or "stored"),
         `teacher_entropy` (mean, nats), `per_class` {class by the teacher: agreement, or None}, `predicted` and
         `teacher_predicted` {name: count}, `warnings`.
@@ -69,7 +70,8 @@ def evaluate_fidelity(
             parts.append((*best, kl_per_sample(ours, theirs), entropy_per_sample(theirs)))
     predicted, expected, kl, entropy = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return _result(predicted, expected, kl, entropy, bank.class_names) | {
-        "teacher_logits": "stored" if teacher is None else "live"
+        "what": WHAT_REAL if bank.spec.contains_real else WHAT,
+        "teacher_logits": "stored" if teacher is None else "live",
     }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from synthkit.bank import Bank, BankSpec, BankWriter
+from synthkit.bank.make import bank_from_arrays
 from synthkit.errors import DataError
 from synthkit.evaluation.fidelity import WHAT, evaluate_fidelity
 from synthkit.models.view import ModelView
@@ -113,3 +114,11 @@ def test_refusals(bank, tmp_path):
         evaluate_fidelity(view(0), bank, teacher=view(0, classes=4))
     with pytest.raises(DataError, match="no image to compare on"):
         evaluate_fidelity(view(0), bank, indices=np.array([], dtype=np.int64))
+
+
+def test_a_bank_with_real_images_is_not_called_synthetic(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 1, 4, 4), dtype=np.uint8)
+    real = bank_from_arrays(tmp_path / "b", images, np.zeros(12, int), num_classes=3, mean=[0.5], std=[0.2],
+                            label_kind="argmax", contains_real=True)  # fmt: skip
+    found = evaluate_fidelity(view(0), real, teacher=view(1))
+    assert "contains real images" in found["what"] and "synthetic" not in found["what"]
