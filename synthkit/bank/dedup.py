@@ -19,10 +19,10 @@ from synthkit.bank import card
 from synthkit.bank.reader import Bank
 from synthkit.bank.seal import root_hash
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import canonical_hash, staged
+from synthkit.bank.storage import canonical_hash, require_free, staged
 from synthkit.bank.verify import verify
 from synthkit.bank.writer import BankWriter
-from synthkit.errors import BankError
+from synthkit.errors import BankError, UsageError
 
 RULE = "greedy leaders in stored order: the lowest row of a group stays"
 READ_BYTES = 8 << 20
@@ -55,15 +55,18 @@ class Duplicates:
 
 
 def exact_leaders(bank: Bank) -> np.ndarray:
-    """int64 (N,): the first row with the same pixels (labels do not count). Memory: about 150 bytes an image."""
+    """int64 (N,): the first row with the same pixels (labels do not count). Memory: about 150 bytes an image.
+
+    Where a bank also has float pixels to train on (`images_f16`), those must be equal too.
+    """
     first: dict[bytes, int] = {}
     leader = np.empty(len(bank), np.int64)
+    columns = [name for name in ("images", "images_f16") if bank.has(name)]
     step = max(1, READ_BYTES // bank.spec.image_bytes)
     for start in range(0, len(bank), step):
-        images = bank.batch(np.arange(start, min(start + step, len(bank))), columns=("images",)).images
-        assert images is not None  # the column was asked for
-        for row, pixels in enumerate(images, start):
-            digest = hashlib.blake2b(pixels.tobytes(), digest_size=20).digest()
+        batch = bank.batch(np.arange(start, min(start + step, len(bank))), columns=columns)
+        for row, pixels in enumerate(zip(*(getattr(batch, name) for name in columns), strict=True), start):
+            digest = hashlib.blake2b(b"".join(part.tobytes() for part in pixels), digest_size=20).digest()
             leader[row] = first.setdefault(digest, row)
     return leader
 
@@ -95,13 +98,9 @@ def write_kept(bank: Bank, found: Duplicates, out: str | Path) -> Bank:
     Generator snapshots and the transform come along; label sets stay with the old bank (their rows are its rows).
     One shard is held in memory at a time.
 
-    Raises:
-        BankError: the bank is unfinished or damaged (what is damaged must not be sealed anew).
-        OutputExistsError: `out` is not empty. StorageError: writing failed; there is nothing at `out` then.
+    Raises: as `check_source`; StorageError: writing failed; there is nothing at `out` then.
     """
-    if not bank.complete:
-        raise BankError(f"{bank.path}: is unfinished", hint="finish it with: synthkit synthesize ... --resume")
-    verify(bank.path).raise_if_damaged()
+    check_source(bank, Path(out))
     keep = found.keep
     spec = new_spec(bank, found)
     with staged(out) as staging:
@@ -118,6 +117,21 @@ def write_kept(bank: Bank, found: Duplicates, out: str | Path) -> Bank:
             arrays = {name: value for name, value in vars(batch).items() if value is not None}
             writer.write_shard(index, arrays, _meta(bank, rows, last=index == spec.shards - 1))
     return Bank(out)
+
+
+def check_source(bank: Bank, out: Path) -> None:
+    """Refuse, before any work, what cannot become a new bank at `out`.
+
+    Raises:
+        BankError: the bank is unfinished or damaged (what is damaged must not be sealed anew).
+        UsageError: `out` lies inside the bank. OutputExistsError: `out` is not empty.
+    """
+    if out.absolute().resolve().is_relative_to(bank.path.resolve()):
+        raise UsageError(f"dedup: {out} lies inside the bank {bank.path}", hint="choose another --out")
+    require_free(out)
+    if not bank.complete:
+        raise BankError(f"{bank.path}: is unfinished", hint="finish it with: synthkit synthesize ... --resume")
+    verify(bank.path).raise_if_damaged()
 
 
 def new_spec(bank: Bank, found: Duplicates) -> BankSpec:

@@ -121,8 +121,9 @@ def test_the_transform_comes_along(tmp_path):
     writer = BankWriter.create(tmp_path / "old", spec)
     writer.write_transform(arrays, {"of": "test"})
     images = pixels(6, side=4)
-    images[5] = images[0]
+    images[5] = images[4] = images[0]
     wide = np.linspace(-3, 3, 6 * 16).reshape(6, 1, 4, 4)
+    wide[5] = wide[0]  # image 4 looks like image 0 but is another one to train on
     for index, part in enumerate((slice(0, 4), slice(4, 6))):
         writer.write_shard(index, {"images": images[part], "images_f16": wide[part]})
     old = Bank(tmp_path / "old")
@@ -142,12 +143,28 @@ def test_damage_is_not_sealed_anew(planted, tmp_path):
     assert not (tmp_path / "new").exists() and [p.name for p in tmp_path.iterdir()] == ["b"]
 
 
+def test_tiny_banks(tmp_path):
+    for count in (1, 2):
+        bank = bank_of(tmp_path / f"b{count}", pixels(count))
+        assert len(find_duplicates(bank, pixel_source(bank.shape)).removed) == 0
+    bank = bank_of(tmp_path / "same", np.repeat(pixels(1), 40, axis=0))
+    found = find_duplicates(bank, pixel_source(bank.shape))
+    assert found.keep.tolist() == [0] and len(write_kept(bank, found, tmp_path / "one")) == 1
+
+
 def test_an_unfinished_bank_is_refused(tmp_path):
     writer = BankWriter.create(tmp_path / "b", make_spec())
     fill(writer, [0, 1])
     bank = Bank(writer.path)
     with pytest.raises(BankError, match="unfinished"):
         write_kept(bank, only_exact(bank), tmp_path / "new")
+
+
+def test_a_place_inside_the_old_bank_is_refused(planted):
+    before = tree(planted.path)
+    with pytest.raises(UsageError, match="inside the bank"):
+        main(["dedup", str(planted.path), "--out", str(planted.path / "new"), "--features", "pixels"])
+    assert tree(planted.path) == before
 
 
 def test_a_failure_leaves_nothing_behind(planted, tmp_path, monkeypatch):

@@ -40,16 +40,15 @@ def configure(parser: Arguments) -> None:
 def run(args: Namespace) -> int:
     """Find the duplicates, and write what stays."""
     from synthkit.bank import Bank
-    from synthkit.bank.dedup import only_exact, summary, write_kept
-    from synthkit.bank.storage import require_free
+    from synthkit.bank.dedup import check_source, only_exact, summary, write_kept
     from synthkit.report.pairs import require_new_file, write_new_file
 
     bank = Bank(args.bank)
     if args.out is None and not args.dry_run:
         raise UsageError("dedup: where should the new bank go?", hint="give --out NEW, or --dry-run")
     threshold = _threshold(args.threshold)
-    if args.out is not None:
-        require_free(Path(args.out))
+    if args.out is not None and not args.dry_run:
+        check_source(bank, Path(args.out))
     if args.pairs is not None:
         require_new_file(Path(args.pairs), (".png",), "--pairs")
     notes: list[str] = []
