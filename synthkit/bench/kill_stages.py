@@ -1,4 +1,4 @@
-"""What `bench kills` kills: writer, claims, labels, sealer, repair, merger, exporter, importer.
+"""What `bench kills` kills: writers, sealer, repair; and `kill_targets`: merger, exporter, importer, dedup.
 
 Every stage works on the banks of `known_rows`, so that each byte on the disk can be told right or wrong.
 """
@@ -6,113 +6,26 @@ Every stage works on the banks of `known_rows`, so that each byte on the disk ca
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from synthkit.bank import Bank, BankWriter
-from synthkit.bank.export import FORMATS, export
-from synthkit.bank.imports import IMPORTERS, import_bank
+from synthkit.bank.export import FORMATS
+from synthkit.bank.imports import IMPORTERS
 from synthkit.bank.label_writer import LabelWriter
 from synthkit.bank.labels import LabelSpec
-from synthkit.bank.merge import merge
 from synthkit.bank.repair import repair
 from synthkit.bank.seal import seal
 from synthkit.bank.verify import verify
 from synthkit.bench.kill_probe import Shared
-from synthkit.bench.known_rows import (
-    CLASSES,
-    PER_SHARD,
-    SHARDS,
-    columns_of,
-    make_bank,
-    noise_bits,
-    numbers_in,
-    rows_of,
-    spec_of,
-    wrong_rows,
-)
+from synthkit.bench.kill_stage import Finding, Stage, bank_finding, content, tree
+from synthkit.bench.kill_targets import targets
+from synthkit.bench.known_rows import CLASSES, PER_SHARD, SHARDS, columns_of, make_bank, noise_bits, rows_of, spec_of
 from synthkit.errors import RunError
-
-
-@dataclass
-class Finding:
-    """What is true of a folder at one moment."""
-
-    problems: list[str] = field(default_factory=list)
-    committed: set[int] = field(default_factory=set)
-    """Shards that are there and whole."""
-    images: int = 0
-    """Images of these shards, each of which was compared with what it must be."""
-    wrong: int = 0
-    """Images that are not what they must be."""
-    state: str = ""
-    """For a target that is whole or absent: which."""
-
-
-def bank_finding(path: Path) -> Finding:
-    """Verify a bank of `columns_of` rows in depth, and compare every row."""
-    found = Finding()
-    if not (path / "bank.json").exists():
-        return found
-    report = verify(path, deep=True)
-    found.problems = [f"{part}: {text}" for part, texts in report.problems.items() for text in texts]
-    found.committed = set(report.committed) - set(report.damaged_shards)
-    if found.committed and not found.problems:
-        bank = Bank(path)
-        found.images = len(bank)
-        found.wrong = wrong_rows(bank, np.arange(len(bank)), numbers_in(bank))
-    return found
-
-
-def tree(folder: Path, keep: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
-    """Relative name -> sha256 of every file below `folder` that is kept."""
-    if not folder.exists():
-        return {}
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if keep(name)}
-
-
-def _content(name: str) -> bool:
-    """Files of a bank whose bytes depend on the content alone (records and card tell of times and hosts)."""
-    return name.endswith((".h5", ".safetensors"))
-
-
-class Stage:
-    """One kind of work that is killed. A folder belongs to one trial; `setup` is made once and read by all."""
-
-    name = ""
-    roles: tuple[int, ...] = (0,)
-    """Processes that work at the same time."""
-    pieces = 1
-    """What can be acknowledged."""
-    watched = False
-    """Whether a reader looks at `folder / "bank"` all the while."""
-
-    def setup(self, shared: Path) -> None:
-        """Make, once, what `prepare` copies."""
-
-    def prepare(self, folder: Path) -> None:
-        """Make the inputs of a trial."""
-        folder.mkdir()
-
-    def operate(self, folder: Path, role: int, shared: Shared) -> None:
-        """The work; done again after a kill, it goes on or begins anew. Runs in a child."""
-        raise NotImplementedError
-
-    def check(self, folder: Path) -> Finding:
-        """Look at everything after a kill."""
-        raise NotImplementedError
-
-    def result(self, folder: Path) -> dict[str, str]:
-        """What the work has made, as name -> sha256; equal for equal results."""
-        raise NotImplementedError
 
 
 class Writer(Stage):
@@ -140,7 +53,7 @@ class Writer(Stage):
         return bank_finding(folder / "bank")
 
     def result(self, folder: Path) -> dict[str, str]:
-        files = tree(folder / "bank", lambda name: _content(name) and "quarantine" not in name)
+        files = tree(folder / "bank", lambda name: content(name) and "quarantine" not in name)
         return {**files, "root": str(Bank(folder / "bank").info()["root"])}
 
 
@@ -191,7 +104,7 @@ class Synthesize(Stage):
         return found
 
     def result(self, folder: Path) -> dict[str, str]:
-        return tree(folder / "bank", _content)
+        return tree(folder / "bank", content)
 
 
 class Labels(Stage):
@@ -232,7 +145,7 @@ class Labels(Stage):
         return found
 
     def result(self, folder: Path) -> dict[str, str]:
-        return tree(folder / "bank" / "labels", _content)
+        return tree(folder / "bank" / "labels", content)
 
 
 class Sealer(Stage):
@@ -310,82 +223,6 @@ class Repairer(Stage):
                 lambda name: int(name[:5]) not in (2, 4))}  # fmt: skip
 
 
-class Target(Stage):
-    """A target that is whole or absent; the inputs are read in place and must not change."""
-
-    def __init__(self, name: str, inputs: Callable[[Path], list[Path]], run: Callable[[list[Path], Path], object],
-                 keep: Callable[[str], bool], bank: bool):  # fmt: skip
-        self.name, self._inputs, self._run, self._keep, self._bank = name, inputs, run, keep, bank
-
-    def setup(self, shared: Path) -> None:
-        self.inputs = self._inputs(shared)
-        self.before = [tree(path) if path.is_dir() else _one(path) for path in self.inputs]
-        self.reference: dict[str, str] | None = None
-
-    def operate(self, folder: Path, role: int, shared: Shared) -> None:
-        if not (folder / "out").exists():  # a kill may come after the rename
-            self._run(self.inputs, folder / "out")
-        shared.acknowledge(0)
-
-    def check(self, folder: Path) -> Finding:
-        found = Finding(state="whole" if (folder / "out").exists() else "absent")
-        if [tree(path) if path.is_dir() else _one(path) for path in self.inputs] != self.before:
-            found.problems.append("an input was changed")
-        strange = [p.name for p in folder.iterdir() if p.name != "out" and not p.name.startswith(".out.tmp-")]
-        found.problems += [f"{strange[0]} was left there"] if strange else []
-        if found.state == "whole":
-            found.committed = {0}
-            if self.reference is not None and self.result(folder) != self.reference:
-                found.problems.append("the target is there, but it is not whole")
-            if self._bank:
-                report = verify(folder / "out", deep=True)
-                found.problems += [f"{part}: {texts[0]}" for part, texts in report.problems.items()]
-                found.images = len(Bank(folder / "out"))
-        return found
-
-    def result(self, folder: Path) -> dict[str, str]:
-        files = tree(folder / "out", self._keep)
-        if self.reference is None:
-            self.reference = files
-        return files
-
-
-def _one(path: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def _join(shared: Path) -> list[Path]:
-    return [make_bank(shared / "a", 11, shards=None), make_bank(shared / "b", 12)]
-
-
-def _ragged(shared: Path) -> list[Path]:
-    return [make_bank(shared / "a", 13, images=90), make_bank(shared / "b", 14, images=100, images_per_shard=30)]
-
-
-def _hosts(shared: Path) -> list[Path]:
-    return [make_bank(shared / f"host{i}", 15, shards=list(range(i, SHARDS, 3))) for i in range(3)]
-
-
-def _single(shared: Path) -> list[Path]:
-    return [make_bank(shared / "a", 16, images=96, images_per_shard=24)]
-
-
-def _exported(shared: Path) -> list[Path]:
-    return [export(_single(shared)[0], "npz", shared / "npz") / "bank.npz"]
-
-
-def _merge(inputs: list[Path], out: Path) -> None:
-    merge(inputs, out)
-
-
-def _import(inputs: list[Path], out: Path) -> None:
-    import_bank(inputs[0], out, "npz")
-
-
-def _exporter(format: str) -> Callable[[list[Path], Path], object]:
-    return lambda inputs, out: export(inputs[0], format, out)
-
-
 def warm() -> None:
     """Import what the work imports when it first needs it: a child must not spend its life on imports."""
     engine = (
@@ -402,12 +239,8 @@ def warm() -> None:
 
 def stages() -> list[tuple[Stage, float]]:
     """All stages, and the share of the kills that each gets."""
-    banks = [("merger, joins", _join, 0.08), ("merger, packs anew", _ragged, 0.06), ("merger, unites", _hosts, 0.06)]
-    formats = ("imagefolder", "parquet", "webdataset", "npz")
     return [
-        (Writer(), 0.22), (Claims(), 0.12), (Synthesize(), 0.06), (Labels(), 0.05),
+        (Writer(), 0.20), (Claims(), 0.12), (Synthesize(), 0.06), (Labels(), 0.05),
         (Sealer(False), 0.07), (Sealer(True), 0.05), (Repairer(), 0.04),
-        *((Target(name, inputs, _merge, _content, True), share) for name, inputs, share in banks),
-        *((Target(f"exporter, {f}", _single, _exporter(f), lambda name: True, False), 0.04) for f in formats),
-        (Target("importer, npz", _exported, _import, _content, True), 0.03),
+        *targets(),
     ]  # fmt: skip

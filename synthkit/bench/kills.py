@@ -36,7 +36,7 @@ from synthkit.cli.arguments import Arguments
 from synthkit.errors import RequirementError, RunError, UsageError
 
 if TYPE_CHECKING:
-    from synthkit.bench.kill_stages import Finding, Stage
+    from synthkit.bench.kill_stage import Finding, Stage
 
 UNBROKEN = 3  # runs that measure the duration
 AGAIN = 0.4  # chance that the work is killed again when it is repeated

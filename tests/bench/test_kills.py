@@ -13,7 +13,9 @@ from synthkit.bank import Bank, BankWriter
 from synthkit.bank.shard import conform, encode
 from synthkit.bench import kills
 from synthkit.bench.kill_probe import Order, Shared, Victim, kind_of
-from synthkit.bench.kill_stages import Claims, Finding, Sealer, Stage, Target, Writer, stages, tree
+from synthkit.bench.kill_stage import Finding, Stage, tree
+from synthkit.bench.kill_stages import Claims, Sealer, Writer, stages
+from synthkit.bench.kill_targets import Target
 from synthkit.bench.kills import kill_everything
 from synthkit.bench.known_rows import SHARDS, columns_of, make_bank, numbers_in, rows_of, spec_of, wrong_rows
 from synthkit.cli.bench import BENCHES
@@ -37,11 +39,22 @@ def test_small_campaign(tmp_path):
 
 def test_stages_cover_what_writes():
     names = " ".join(stage.name for stage, _ in stages())
-    for word in ("writer", "claims", "labels", "sealer", "repair", "merger", "exporter", "importer"):
+    for word in (
+        "writer",
+        "claims",
+        "labels",
+        "sealer",
+        "repair",
+        "merger",
+        "exporter",
+        "importer",
+        "dedup",
+        "synthesize",
+    ):
         assert word in names
     assert sum(share for _, share in stages()) == pytest.approx(1)
-    assert kills._shares(200, [share for _, share in stages()])[0] == 50
     assert sum(kills._shares(200, [share for _, share in stages()])) == 200
+    assert kills._shares(10, [0.7, 0.25, 0.05]) == [7, 2, 1] and kills._shares(1, [0.5, 0.5]) == [1, 1]
     assert "kills" in BENCHES
 
 
