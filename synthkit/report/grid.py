@@ -135,14 +135,15 @@ def _pick_rows(
 ) -> tuple[list[np.ndarray], list[np.ndarray], str]:
     """Images of each class in `rows`, what they are ordered by, and its name; large banks are looked at in part."""
     seen = looked_at(len(bank))
-    labels = np.zeros(len(seen), np.int32) if not labelled else bank.batch(seen, columns=("labels",)).labels
+    found = bank.batch(seen, columns=("labels",)).labels if labelled else None
+    labels = np.zeros(len(seen), np.int32) if found is None else found
     if labelled and len(seen) < len(bank):
         present = np.bincount(labels, minlength=bank.num_classes)
         if any(counts[row] and present[row] < min(counts[row], per_class) for row in rows):
             seen = np.arange(len(bank))  # a rare class hides between the blocks
             labels = bank.column("labels")
     key, meaning = order_key(bank, seen)
-    chosen = [pick(labels, key, row, per_class) for row in rows]  # type: ignore[arg-type]
+    chosen = [pick(labels, key, row, per_class) for row in rows]
     return [seen[c] for c in chosen], [key[c] for c in chosen], meaning
 
 

@@ -105,7 +105,7 @@ def test_short_number(value, text):
 
 
 def test_large_banks_are_looked_at_in_part(tmp_path, monkeypatch):
-    """Only blocks of the label column are read, unless a class hides between them; the counts are exact all the same."""
+    """Only blocks of the label column are read, unless a class hides between them; the counts stay exact."""
     from synthkit.report import grid
 
     monkeypatch.setattr(grid, "LOOKED_AT", 64)
