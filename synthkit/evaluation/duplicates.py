@@ -17,6 +17,7 @@ from synthkit.evaluation.set_metrics import far_out_fence
 
 GAP_SAMPLE = 5_000  # images whose nearest neighbour is looked up to set the threshold
 AUTO = "Tukey's far-out fence of the log distances of this bank's nearest neighbours: exp(Q1 - 3 (Q3 - Q1))"
+TOO_FEW = "too few different images to tell what is near for this bank: equal features only"
 UNITS = {
     "teacher": "distance of features scaled to length 1: 0 is equal, 2 opposite; cosine = 1 - d^2 / 2",
     "pixels": "root mean square difference of a pixel in [0,1]",
@@ -56,7 +57,7 @@ def find_duplicates(
         about["nearest_quantiles"] = {f"{q:g}": float(np.quantile(gaps, q)) for q in (0, 0.01, 0.05, 0.25, 0.5, 0.75)}
     if threshold is None:
         fence = far_out_fence(gaps)
-        threshold, about["threshold_from"] = 0.0 if fence is None else fence, AUTO
+        threshold, about["threshold_from"] = (0.0, TOO_FEW) if fence is None else (fence, AUTO)
     inner = leaders(values, threshold, tell=tell)
     leader, distances = np.full(len(bank), -1, np.int64), np.zeros(len(bank))
     leader[rows] = rows[inner]

@@ -15,6 +15,8 @@ import numpy as np
 from synthkit.errors import DataError
 from synthkit.evaluation.neighbours import nearest, pairwise_blocks
 
+FEWEST_GAPS = 50
+
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """`|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`, the squared 2-Wasserstein distance of two Gaussians.
@@ -117,18 +119,19 @@ def diversity(x: np.ndarray) -> dict[str, Any]:
 
 
 def far_out_fence(gaps: np.ndarray) -> float | None:
-    """The distance below which a nearest neighbour is suspiciously near for this set: a near duplicate.
+    """The distance up to which a nearest neighbour is suspiciously near for this set: a near duplicate.
 
-    Tukey's "far out" fence on the logarithm: `exp(Q1 - 3 (Q3 - Q1))` of the distances above 0. It needs no scale, and
-    holds while fewer than a quarter of the images have a near duplicate. None without two distances above 0.
+    Just below Tukey's "far out" fence on the logarithm: `exp(Q1 - 3 (Q3 - Q1))` of the distances above 0. It needs no
+    scale, and holds while fewer than a quarter of the images have a near duplicate. None with fewer than 50 distances
+    above 0: quartiles of so few say nothing.
 
     Source: Tukey, Exploratory Data Analysis, 1977 (outer fences).
     """
     logs = np.log(gaps[gaps > 0])
-    if len(logs) < 2:
+    if len(logs) < FEWEST_GAPS:
         return None
     low, high = np.quantile(logs, [0.25, 0.75])
-    return math.exp(float(low - 3 * (high - low)))
+    return math.exp(float(low - 3 * (high - low))) * (1 - 1e-9)  # where all are equal, none is far out
 
 
 def _enough(count: int, *sets: np.ndarray) -> None:

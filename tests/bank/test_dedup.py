@@ -146,7 +146,8 @@ def test_damage_is_not_sealed_anew(planted, tmp_path):
 def test_tiny_banks(tmp_path):
     for count in (1, 2):
         bank = bank_of(tmp_path / f"b{count}", pixels(count))
-        assert len(find_duplicates(bank, pixel_source(bank.shape)).removed) == 0
+        found = find_duplicates(bank, pixel_source(bank.shape))
+        assert len(found.removed) == 0 and "too few" in found.about["threshold_from"]
     bank = bank_of(tmp_path / "same", np.repeat(pixels(1), 40, axis=0))
     found = find_duplicates(bank, pixel_source(bank.shape))
     assert found.keep.tolist() == [0] and len(write_kept(bank, found, tmp_path / "one")) == 1
