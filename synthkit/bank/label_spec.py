@@ -14,10 +14,11 @@ import numpy as np
 
 from synthkit.bank import migrate
 from synthkit.bank.shard import TOPK, Layout, Sidecar, check_record, committed_in
-from synthkit.bank.spec import MAX_CLASSES, MAX_IMAGES, MAX_SHARDS, MAX_SIDE, SCHEMA, SHARD_BYTES, version
+from synthkit.bank.spec import MAX_CLASSES, MAX_IMAGES, MAX_SHARDS, MAX_SIDE, SCHEMA, version
 from synthkit.bank.storage import canonical_hash, names_in, plain, read_json
 from synthkit.errors import BankError, ConfigError, UsageError
 
+LABEL_SHARD_BYTES = 8 << 20  # less than an image shard: rows are small, and each of them costs a teacher's forward
 Kind = Literal["images", "views"]
 KINDS = ("images", "views")
 MAX_NAME = 64
@@ -42,7 +43,7 @@ class LabelSpec:
     size: tuple[int, int] | None = None
     """(height, width) of the views; None for kind images."""
     rows_per_shard: int | None = None
-    """Rows in every shard but the last; none plans 20 shards or more, of at most 64 MiB."""
+    """Rows in every shard but the last; none plans 20 shards or more, of at most 8 MiB."""
     teacher: dict[str, Any] = field(default_factory=dict)
     """spec, arch, sha256 of the weights, accuracy, licence."""
     policy: dict[str, Any] = field(default_factory=dict)
@@ -121,8 +122,8 @@ class LabelSpec:
 
 
 def plan_rows_per_shard(rows: int, row_bytes: int, multiple: int = 1) -> int:
-    """Rows per shard such that there are 20 shards or more, each of at most 64 MiB and a multiple of `multiple`."""
-    wanted = max(1, min(-(-rows // 20), SHARD_BYTES // row_bytes))
+    """Rows per shard: at least 20 shards, each of about 8 MiB at most and of a multiple of `multiple` rows."""
+    wanted = max(1, min(-(-rows // 20), LABEL_SHARD_BYTES // row_bytes))
     return -(-wanted // multiple) * multiple
 
 

@@ -10,6 +10,7 @@ Rows hold dense fp16 logits, or the k largest and the mass of the rest (topk.py)
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ class LabelSet:
         """Share of rows whose first class is the bank's label of their own image; None where that is not recorded."""
         found = [s.raw.get("meta") for s in self.sidecars]
         counts = [m.get("agrees_with_bank_labels") if isinstance(m, dict) else None for m in found]
-        if not counts or not all(type(c) is int for c in counts):
+        if not counts or not all(type(c) is int and 0 <= c <= s.n for c, s in zip(counts, self.sidecars, strict=True)):
             return None
         return sum(c for c in counts if c is not None) / sum(s.n for s in self.sidecars)
 
@@ -102,7 +103,7 @@ class LabelSet:
         """
         found = [s.raw.get("meta") for s in self.sidecars]
         errors = [m.get("tail_error") if isinstance(m, dict) else None for m in found]
-        if not errors or not all(isinstance(e, dict) and all(type(v) is float for v in e.values()) for e in errors):
+        if not errors or not all(map(_is_error_record, errors)):
             return None
         rows = [e for e in errors if e is not None]
         return {t: sum(e.get(t, 0.0) for e in rows) / len(rows) for t in rows[0]}
@@ -176,6 +177,14 @@ class LabelSet:
             bad = int(rows.min()) if int(rows.min()) < 0 else int(rows.max())
             raise BankIndexError(f"labels: the set has rows 0 to {len(self) - 1}", got=bad)
         return rows.astype(np.int64)
+
+
+def _is_error_record(value: Any) -> bool:
+    """Whether a stranger's file has numbers by temperature here: they will be printed."""
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[0-9.]{1,8}", t) is not None and type(v) in (int, float) and 0 <= v <= 1
+        for t, v in value.items()
+    )
 
 
 def summaries(bank: Bank) -> list[dict[str, Any]]:

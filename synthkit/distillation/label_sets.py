@@ -41,8 +41,8 @@ def label_set_of(cfg: DistillConfig, bank: Bank, notes: list[str]) -> LabelSet |
     height, width = bank.shape[1:]
     if labels.spec.size != (height, width):
         raise DataError(f"label set {labels.name!r} holds views of {labels.spec.size}, the student takes {height}")
-    mix = (labels.spec.policy.get("views") or {}).get("mix")
-    if cfg.labels == "stored" and mix:
+    drawn = labels.spec.policy.get("views")
+    if cfg.labels == "stored" and isinstance(drawn, dict) and drawn.get("mix"):
         notes.append("labels stored: a mixed view has the label of its own image; the other one is not counted")
     return labels
 

@@ -153,7 +153,7 @@ def _refuse_view_options(cfg: RelabelConfig) -> None:
 
 def _teacher(cfg: RelabelConfig, bank: Bank, notes: list[str]) -> tuple[TeacherView, dict[str, Any]]:
     spec = cfg.teacher or bank.spec.teacher.get("spec")
-    if spec is None:
+    if not isinstance(spec, str):  # what a bank names comes from a file
         raise RequirementError(f"bank {cfg.bank} names no teacher", hint="give --teacher, a model spec")
     loaded = load_model(spec)
     check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
@@ -268,9 +268,9 @@ class _Job:
                 if number + 1 < len(queue):
                     ahead = pool.submit(self.read, queue[number + 1][1])
                 collected.append((read, self.columns(read)))
+                bar.update(len(read.images) - read.skip)
                 if len(collected) == len(starts[index]):
                     writer.write_shard(index, *self.shard(index, collected))
-                    bar.update(self.spec.shard_size(index))
                     collected = []
 
     def starts(self, index: int) -> list[int]:

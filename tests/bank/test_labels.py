@@ -247,6 +247,10 @@ def test_hostile_records_are_typed_errors(bank):
         with pytest.raises(BankError):
             Bank(bank).labels("a")
         assert "labels a" in verify(bank).problems, change
+    where.write_text(
+        json.dumps({**raw, "policy": {"views": 3}, "teacher": {"spec": [1]}})
+    )  # free texts: no reader minds
+    assert Bank(bank).labels("a").complete
     where.write_text(json.dumps(raw))
     record = bank / "labels" / "a" / "00000.json"
     raw = json.loads(record.read_text())
@@ -255,6 +259,10 @@ def test_hostile_records_are_typed_errors(bank):
         record.write_text(json.dumps({**raw, "datasets": datasets}))
         with pytest.raises(BankError):
             Bank(bank).labels("a")
+    for meta in ({"tail_error": {"\x1b[2J": 0.1}}, {"tail_error": {"1": 1e300}}, {"agrees_with_bank_labels": 10**9}, 3):
+        record.write_text(json.dumps({**raw, "meta": meta}))
+        opened = Bank(bank).labels("a")
+        assert opened.tail_error is None and opened.agreement is None
     record.write_text(json.dumps(raw))
     # a set that is a link to somewhere else is not followed
     shutil.move(bank / "labels" / "a", bank.parent / "elsewhere")
