@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from synthkit.bank import Bank, LabelSet
+from synthkit.bank.hub import local_bank
 from synthkit.bank.stored import StoredLogits, has_logits, pixel_column
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
@@ -94,7 +95,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         UsageError: (ConfigError, ModelError, DataError, RequirementError) whatever is wrong, with what to do.
         BankError: the bank is damaged.
     """
-    bank = Bank(cfg.bank)
+    bank = Bank(local_bank(cfg.bank))
     if len(bank) == 0:
         raise DataError(f"bank {cfg.bank} holds no image yet", hint="finish it with synthkit synthesize --resume")
     loss = _loss(cfg)
@@ -198,6 +199,7 @@ def _teacher(
     """The teacher given, else the one that the labels or the bank name; None when only stored logits are left."""
     named = dict(bank.spec.teacher) if labels is None else dict(labels.spec.teacher)
     spec = cfg.teacher or named.get("spec")
+    spec = spec if isinstance(spec, str) else None  # what a bank names comes from a file
     stored = has_logits(bank) or labels is not None
     if cfg.teacher is None and cfg.logits == "stored" and not cfg.fresh and cfg.control == "none":
         return None, named
