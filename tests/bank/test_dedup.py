@@ -75,14 +75,14 @@ def test_threshold_given(planted):
 
 
 def test_copies_of_a_near_duplicate_go_where_it_goes(tmp_path):
-    images = pixels(30)
+    images = pixels(80)
     images[10] = images[2]
     images[10, 0, 0, 0] ^= 1
     images[20] = images[10]
     bank = bank_of(tmp_path / "b", images)
     found = find_duplicates(bank, pixel_source(bank.shape))
     assert found.leader[[10, 20]].tolist() == [2, 2] and not found.exact[20] and found.removed.tolist() == [10, 20]
-    joined = with_near(only_exact(bank), np.where(np.arange(30) == 20, -1, np.arange(30)), np.zeros(30), 0.1)
+    joined = with_near(only_exact(bank), np.where(np.arange(80) == 20, -1, np.arange(80)), np.zeros(80), 0.1)
     assert joined.removed.tolist() == [20] and joined.exact[20]
 
 
