@@ -22,17 +22,25 @@ class Beaten(BankBusyError):
     """Another run committed the same file in the meantime; this run changed nothing."""
 
 
-def commit(path: Path, data: bytes | memoryview, text: bytes, fence: Callable[[], None] = lambda: None) -> None:
+def commit(
+    path: Path,
+    data: bytes | memoryview,
+    text: bytes,
+    fence: Callable[[], None] = lambda: None,
+    *,
+    sha256: str | None = None,
+) -> None:
     """Publish `data` as `path` and then `text` as its record (`path` with the suffix .json).
 
-    `fence` is called before each of the two steps and raises when this run may no longer publish.
+    `fence` is called before each of the two steps and raises when this run may no longer publish; `sha256` is that of
+    `data` where the caller knows it already.
 
     Raises:
         Beaten: another run committed, or is committing, `path`; what it wrote stays.
         OSError: disk full and the like; then there is no record, and no data file of this run.
     """
     record = path.with_suffix(".json")
-    digest = hashlib.sha256(data).hexdigest()
+    digest = sha256 or hashlib.sha256(data).hexdigest()
     make_folder(path.parent)  # once: a folder that vanishes later is not made anew, without what was in it
     fence()
     mine = _place(path, data, record, digest)

@@ -38,7 +38,7 @@ except ImportError:  # Windows: pid and counter decide
 HEARTBEAT = 5.0  # seconds between two counts
 PATIENCE = 30.0  # seconds without a count after which a holder on another machine is taken for dead
 MUTEX_WAIT = 30.0
-MAX_CLAIM_BYTES = 1 << 20
+MAX_CLAIM_BYTES, MAX_RANGES = 1 << 20, 10_000
 _POLL = 0.25
 _held: weakref.WeakSet[Claim] = weakref.WeakSet()
 
@@ -56,10 +56,12 @@ class Holder:
     def shards(self) -> tuple[range, ...] | None:
         """The claimed shards; None is the whole bank (also where a file cannot be understood)."""
         rows = self.facts.get("shards")
-        if not isinstance(rows, list):
+        if not isinstance(rows, list) or len(rows) > MAX_RANGES:
             return None
         with contextlib.suppress(TypeError, ValueError):  # from a stranger's file: then it counts as the whole bank
-            return tuple(range(int(a), int(b), int(c)) for a, b, c in rows)
+            parts = tuple(range(a, b, c) for a, b, c in rows)
+            if all(0 <= part.start <= part.stop < 2**40 and part.step > 0 for part in parts):
+                return parts
         return None
 
     @property
@@ -94,7 +96,9 @@ class Claim:
 
     def check(self) -> None:
         """Raise `BankBusyError` when another run has taken the claim over, `StorageError` when the bank is gone."""
-        if os.path.lexists(self.path):
+        with contextlib.suppress(FileNotFoundError):
+            # opened, not looked up: a network file system may remember for a minute that a file was there
+            os.close(os.open(self.path, os.O_RDONLY))
             return
         if not any((self.bank / record).exists() for record in ("bank.json", "labels.json")):  # a label set has claims
             raise StorageError(f"{self.bank}: the bank's folder vanished while the run was writing")
@@ -270,9 +274,11 @@ def _read(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"{path}: a claim that cannot be read ({error.strerror})", hint="remove it") from error
+        raise _unreadable(path, error) from error
     try:
         data = os.read(fd, MAX_CLAIM_BYTES)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     finally:
         os.close(fd)
     try:
@@ -280,6 +286,10 @@ def _read(path: Path) -> Holder | None:
     except (ValueError, RecursionError):
         facts = {}
     return Holder(path, data, facts if isinstance(facts, dict) else {})
+
+
+def _unreadable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{path}: a claim that cannot be read ({error.strerror})", hint="remove it, then try again")
 
 
 def _probe(path: Path) -> str:

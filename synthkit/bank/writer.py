@@ -158,7 +158,7 @@ class BankWriter:
         text = dump_json(record)
         with storage_errors(f"shard {index}", shard):
             try:
-                commit(shard, data, text, lambda: self._check_claim(index))
+                commit(shard, data, text, lambda: self._check_claim(index), sha256=digest)
             except Beaten:
                 if not holds(shard, digest) or not sidecar.exists():
                     raise
@@ -199,6 +199,7 @@ class BankWriter:
 
     def prune_states(self, keep: int = 2) -> None:
         """Remove all but the newest `keep` states."""
+        self._require_bank()
         state.prune(self.path / "state", keep)
 
     def write_generator(self, index: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
@@ -247,10 +248,13 @@ class BankWriter:
         return self.claim(None)
 
     def _require_bank(self) -> None:
-        """Refuse to write where the bank was removed: making its folders anew would leave a bank without a record."""
+        """Refuse to write where the bank was removed (its folders would be made anew), or when a claim was lost."""
         if not (self.path / "bank.json").exists():
             raise StorageError(f"{self.path}: the bank's folder vanished while the run was writing",
                                hint="nothing is written there now; put it back, then go on with --resume")  # fmt: skip
+
+        for held in self._claims:
+            held.check()
 
     def _check_claim(self, index: int) -> None:
         mine = [held for held in self._claims if held.covers(index)]

@@ -347,6 +347,9 @@ def _check_needs(values: Mapping[str, Any], requires: Any) -> None:
         raise ConfigError(f"synthesize: --teacher is needed by method {name}", hint=hint)
     if requires.real_data and values.get("data") is None:
         raise ConfigError(f"synthesize: --data is needed by method {name} (for example --data cifar10:DIR)", hint=hint)
+    if values.get("eval_data") is not None and values.get("teacher") is None:
+        raise ConfigError("synthesize: --eval-data measures student and teacher; there is no --teacher",
+                          hint="leave it out")  # fmt: skip
     if values.get("images") is not None and values.get("ipc") is not None:
         raise ConfigError("synthesize: --images and --ipc exclude each other", hint="leave one of them out")
     for key in ("images", "ipc", "images_per_shard"):

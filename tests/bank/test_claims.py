@@ -110,6 +110,19 @@ def test_only_claimed_shards_are_written_while_a_claim_is_held(writer):
     fill(writer, [1])
 
 
+def test_a_lost_claim_stops_states_and_snapshots_too(writer):
+    with writer.lock() as held:
+        writer.save_state(0, {"x": np.zeros(1)}, {})
+        held.path.unlink()
+        arrays = {"x": np.ones(1)}
+        for write in (lambda: writer.save_state(0, arrays, {}), lambda: writer.write_generator(0, arrays, {}),
+                      writer.prune_states, lambda: fill(writer, [0])):  # fmt: skip
+            with pytest.raises(BankBusyError, match="taken over"):
+                write()
+    found = writer.load_state()
+    assert found is not None and found[1]["x"] == 0
+
+
 # ---- living, killed, suspended -------------------------------------------------------------------------------------
 
 
@@ -231,13 +244,35 @@ def test_the_same_host_name_is_not_the_same_machine(writer, patience, capsys):
     assert "watching" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"shards": [[0]]}', b'{"shards": [[0, 5, 0]]}', b"\xff" * 99])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"shards": [[0]]}',
+        b'{"shards": [[0, 5, 0]]}',
+        b'{"shards": [[0, %d, 1]]}' % 2**200,
+        b'{"shards": [["0", "5", "1"]]}',
+        b"[" * 9999,
+        b"\xff" * 99,
+    ],
+)
 def test_a_claim_that_cannot_be_understood_counts_as_the_whole_bank(writer, patience, text, capsys):
     """Of whom it is cannot be known either, so it is watched; then it is nobody's."""
     plant(writer).write_bytes(text)
     with writer.claim([5]):
         pass
     assert "watching" in capsys.readouterr().err and read_claims(writer.path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_claim_that_is_no_file_is_refused_with_a_reason(writer, kind):
+    place = plant(writer)
+    place.unlink()
+    place.mkdir() if kind == "folder" else place.symlink_to("/etc/hostname")
+    with pytest.raises(StorageError, match="feed.json: a claim that cannot be read"), writer.lock():
+        pytest.fail("the body must not run")
 
 
 def test_ctrl_c_while_waiting_leaves_no_claim(writer, monkeypatch):
@@ -288,8 +323,9 @@ def test_a_vanished_bank_is_said(writer):
         shutil.rmtree(writer.path)
         with pytest.raises(StorageError, match="vanished"):
             held.check()
-        with pytest.raises(StorageError, match="vanished"):
-            fill(writer, [0])
+        for write in (lambda: fill(writer, [0]), lambda: writer.save_state(0, {}, {}), writer.prune_states):
+            with pytest.raises(StorageError, match="vanished"):
+                write()
     assert not writer.path.exists()
     with pytest.raises(StorageError, match="vanished"), writer.lock():
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,7 +156,8 @@ def test_two_processes_begin_together_and_one_is_killed(teacher, whole, tmp_path
     engine.synthesize(config(teacher, out, shards="2/2"))
     assert shard_hashes(out) == shard_hashes(whole.path) and Bank(out).verify(deep=True).ok
     record = RunDir(out / "workers" / "2-of-2").read_json("run.json")
-    assert record["status"] == "complete" and len(record["legs"]) == 2 and record["legs"][0]["steps"] == 20
+    assert record["status"] == "complete" and len(record["legs"]) == 2
+    assert record["legs"][0]["steps"] in (10, 20)  # the kill may have come before the last shard was noted
     assert not [p for p in out.rglob("*") if ".tmp-" in p.name] and not list((out / "state" / "claims").iterdir())
 
 
@@ -334,6 +336,7 @@ def test_noise_takes_only_the_size_from_data(data, tmp_path):
         ({"method": "random_real"}, ConfigError, "--data is needed by method random_real"),
         ({"method": "noise"}, RequirementError, "give --teacher, or --data"),
         ({"method": "noise", "ipc": 2}, ConfigError, "--images and --ipc exclude each other"),
+        ({"method": "noise", "eval_data": "mnist:DIR"}, ConfigError, "there is no --teacher"),
         ({"method": "noise", "images": 0}, ConfigError, "images: must be at least 1"),
     ],
 )
@@ -352,3 +355,32 @@ def test_too_few_images_of_a_class(data, tmp_path):
     with pytest.raises(DataError, match="has 12 images, 13 are asked for"):
         engine.synthesize(config(None, tmp_path / "bank", "random_real", data=data, images=None, ipc=13))
     assert not (tmp_path / "bank").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_in_the_middle_of_a_run(teacher, whole, tmp_path, monkeypatch, capsys):
+    """Exit code 1, a message with the remedy, whole shards; with room again --resume ends with the same bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("may not mount here")
+    words, real = command_line(teacher, disk / "bank"), Noise.rows
+
+    def rows(self: Noise, start: int, count: int) -> Any:
+        if start == 30:
+            (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - (8 << 10)))
+        return real(self, start, count)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Noise, "rows", rows)
+            assert main(words) == 1
+        said = capsys.readouterr().err
+        assert "the disk is full" in said and "--resume" in said and "Traceback" not in said
+        assert sorted(shard_hashes(disk / "bank")) == [0, 1, 2] and Bank(disk / "bank").verify(deep=True).ok
+        (disk / "ballast").unlink()
+        assert main([*words, "--resume"]) == 0
+        assert shard_hashes(disk / "bank") == shard_hashes(whole.path)
+        assert not [p for p in disk.rglob("*") if ".tmp-" in p.name]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
