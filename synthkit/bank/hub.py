@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from synthkit.bank.errors import HubError
@@ -67,6 +69,34 @@ def parse_repo(spec: str, revision: str | None = None) -> Repo:
 def is_hub_spec(text: str) -> bool:
     """Whether a bank spec names a repository (`hf:...`) instead of a folder."""
     return text.startswith("hf:")
+
+
+def local_bank(spec: str | Path) -> Path:
+    """The folder of a bank: `spec` itself, or where `hf:REPO[@REVISION]` was pulled to.
+
+    A repository is pulled once per commit, into the user's local store (`$SYNTHKIT_HOME`, else `~/.cache/synthkit`); a
+    full commit that is there already needs no network.
+
+    Raises:
+        HubError, BankError, StorageError: see `hub_pull.pull`.
+    """
+    text = str(spec)
+    if not is_hub_spec(text):
+        return Path(spec)
+    from synthkit.bank.hub_pull import pull
+    from synthkit.paths import store_dir
+
+    repo = parse_repo(text)
+    known = repo.revision is not None and re.fullmatch(r"[0-9a-f]{40}", repo.revision) is not None
+    commit = str(repo.revision) if known else resolve_commit(client(), repo)
+    place = store_dir() / "banks" / f"{repo.name.replace('/', '--')}@{commit[:12]}"
+    if not (place / "bank.json").is_file():
+
+        def said(line: str) -> None:
+            print(f"hub: {line}", file=sys.stderr, flush=True)
+
+        pull(Repo(repo.name, commit), place, said=said)
+    return place
 
 
 def client(endpoint: str | None = None, token: str | None = None) -> Any:

@@ -141,6 +141,19 @@ def test_private_branch_and_message(hub, tmp_path):
     assert len(pull(hub, tmp_path / "out", parse_repo("hf:me/bank@v2")).bank) == 53
 
 
+def test_a_repository_as_a_bank_spec_is_pulled_once_per_commit(hub, tmp_path, pushed, monkeypatch):
+    from synthkit.bank.hub import local_bank
+
+    monkeypatch.setenv("SYNTHKIT_HOME", str(tmp_path / "store"))
+    assert local_bank(tmp_path / "bank") == tmp_path / "bank"
+    place = local_bank("hf:me/bank")
+    assert contents(place) == contents(tmp_path / "bank") and pushed.commit[:12] in place.name
+    hub.requests.clear()
+    assert local_bank("hf:me/bank") == place and [m for m, p, _ in hub.requests if "/resolve/" in p] == []
+    hub.requests.clear()
+    assert local_bank(f"hf:me/bank@{pushed.commit}") == place and hub.requests == []
+
+
 # --- push --------------------------------------------------------------------------------------------------------
 
 
