@@ -68,7 +68,7 @@ def audit(
                             hint="load them with size=bank.shape")  # fmt: skip
     if len(real) < OTHERS + 2:
         raise DataError(f"audit: at least {OTHERS + 2} training images are needed", got=len(real))
-    notes = [*train.notes]
+    notes = [*train.notes, *_said(bank, train)]
     copied = find_copies(made, real)
     held, shared = _clean_holdout(holdout, real, notes)
     leaked = len(find_copies(made, held, max_shift=0, mirror=False).rows) if held else None
@@ -89,6 +89,17 @@ def audit(
     result["pairs"] = _pairs(result["spaces"], copied)
     result["verdict"] = verdict(result)
     return result | {"notes": notes, "seconds": round(time.monotonic() - began, 2)}
+
+
+def _said(bank: Bank, train: RealData) -> list[str]:
+    """What a reader must know about the two sides."""
+    said = []
+    if not bank.complete:
+        said.append(f"the bank is unfinished: {len(bank):,} of {bank.spec.images:,} images were looked at")
+    if tuple(train.stored_shape or bank.shape) != bank.shape:
+        said.append(f"the real images were resized from {tuple(train.stored_shape or ())} to {bank.shape} by "
+                    "synthkit's rule; copies that another program resized are at best near copies")  # fmt: skip
+    return said
 
 
 def _about(data: RealData) -> dict[str, Any]:

@@ -251,6 +251,15 @@ def test_wrong_input(tmp_path):
             run(bank, pictures(30, 1), None, **options)
 
 
+def test_single_images_and_resized_ones(tmp_path):
+    bank = bank_of(tmp_path / "b", pictures(1, 2))
+    train = data(pictures(40, 0, side=16)).resized((1, 12, 12))
+    result = audit(bank, train, data(pictures(40, 1), split="test"), [pixel_source(bank.shape)], limit=1)
+    assert result["bank"]["compared"] == 1 and result["verdict"]["level"] == "nothing found"
+    assert any("resized from (1, 16, 16)" in note for note in result["notes"])
+    assert result["spaces"][0]["membership"]["low"] is None
+
+
 def test_the_same_audit_twice(tmp_path):
     bank, train, held = bank_of(tmp_path / "b", pictures(150, 2)), pictures(200, 0), pictures(200, 1)
     one, two = (run(bank, train, held, limit=90) for _ in range(2))
