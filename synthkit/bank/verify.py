@@ -30,7 +30,7 @@ PART_MAKERS: tuple[str, ...] = ("synthkit.bank.label_check:label_parts",)
 # What a bank's folder may hold; anything else is noted.
 KNOWN_NAMES = {
     "bank.json", "manifest.json", "README.md", "shards", "labels", "state", "generators", "transform", "quarantine",
-    "run.json", "metrics.jsonl", "student", "report.html", "assets",
+    "run.json", "metrics.jsonl", "workers", "student", "report.html", "assets",
 }  # fmt: skip
 MAX_NOTES = 50
 
