@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--images", default="50000,2500", help="images per size")
     parser.add_argument("--sizes", default="32,224", help="sides of the (square, RGB) images")
-    parser.add_argument("--batch", type=int, default=128, help="images per batch")
+    parser.add_argument("--batch", default="128,64", help="images per batch, per size (or one number for all)")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds per repetition of a cell")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions; the median counts")
     parser.add_argument("--processes", default="1,2", help="numbers of processes")
@@ -83,23 +83,25 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(args: argparse.Namespace) -> dict[str, Any]:
-    sizes, images = _numbers("sizes", args.sizes), _numbers("images", args.images)
-    if len(sizes) != len(images):
-        raise UsageError("bench bank: --images must name one number for each of --sizes", got=args.images)
+    sizes, images, batches = (_numbers(name, getattr(args, name)) for name in ("sizes", "images", "batch"))
+    batches = batches * len(sizes) if len(batches) == 1 else batches[: len(sizes)]
+    if len(sizes) != len(images) or len(sizes) != len(batches):
+        got = f"--sizes {args.sizes} --images {args.images} --batch {args.batch}"
+        raise UsageError("bench bank: --images and --batch must name one number for each of --sizes", got=got)
     names = [] if args.rivals == "none" else args.rivals.split(",")
     for name in names:
         if name not in GROUPS:
             raise UsageError(
                 "bench bank: --rivals", got=name, allowed=[g for g in GROUPS if g not in ("memmap", "bank")]
             )
-    if min(args.batch, args.repeats) < 1 or args.seconds <= 0:
-        raise UsageError("bench bank: --batch, --repeats and --seconds must be positive")
-    if min(images) < 2 * args.batch:
+    if args.repeats < 1 or args.seconds <= 0:
+        raise UsageError("bench bank: --repeats and --seconds must be positive")
+    if any(n < 2 * batch for n, batch in zip(images, batches, strict=True)):
         raise UsageError("bench bank: --images must be at least two batches", got=args.images)
     if shutil.which(args.mds_python) is None:
         raise UsageError("bench bank: --mds-python is no interpreter", got=args.mds_python)
     return {
-        "sizes": sizes, "images": images, "batch": args.batch, "seconds": args.seconds, "repeats": args.repeats,
+        "sizes": sizes, "images": images, "batch": batches, "seconds": args.seconds, "repeats": args.repeats,
         "processes": _numbers("processes", args.processes), "groups": list(dict.fromkeys(["memmap", "bank", *names])),
         "mds_python": args.mds_python,
     }  # fmt: skip
@@ -120,8 +122,8 @@ def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
     from synthkit.runtime import hardware, versions
 
     sizes = {}
-    for side, images in zip(plan["sizes"], plan["images"], strict=True):
-        sizes[str(side)] = _measure_size(plan, work / f"{side}-{images}", side, images)
+    for side, images, batch in zip(plan["sizes"], plan["images"], plan["batch"], strict=True):
+        sizes[str(side)] = _measure_size({**plan, "batch": batch}, work / f"{side}-{images}", side, images)
     cells = [cell for size in sizes.values() for cell in size["cells"]]
     return {
         "what": "random-batch images per second, warm page cache, readers taking turns in one run",
@@ -134,39 +136,45 @@ def measure(plan: dict[str, Any], work: Path) -> dict[str, Any]:
 
 def _measure_size(plan: dict[str, Any], folder: Path, side: int, images: int) -> dict[str, Any]:
     write_source(folder, side, images)
-    names = [name for group in plan["groups"] for name in GROUPS[group]]
-    cells: list[_Cell] = []
-    absent: dict[str, str] = {}
-    prepare_seconds = {}
-    for processes in plan["processes"]:
-        for name in names:
-            if name in absent or (processes > 1 and name in bank_rivals.ALONE):
-                continue
-            cell = _Cell(name, processes, folder, plan)
-            missing = cell.open()
-            if missing:
-                absent[name] = f"{missing} is not installed: {INSTALL.get(missing, 'pip install ' + missing)}"
-                cell.close()
-                continue
-            prepare_seconds[cell.store] = max(cell.prepared, prepare_seconds.get(cell.store, 0.0))
-            cells.append(cell)
-    try:
-        _warm(folder)
-        for cell in cells:
-            cell.check(min(images, 4096))
-            cell.run(min(plan["seconds"], 1.0))
-        for _ in range(plan["repeats"]):
+    rows, bars, absent, wrote = [], {}, {}, {}
+    for processes in plan["processes"]:  # one after the other: the readers of both would fill the memory
+        cells = _open_cells(plan, folder, processes, absent)
+        try:
+            _warm(folder)
             for cell in cells:
-                cell.rates.append(cell.run(plan["seconds"]))
-    finally:
+                cell.check(min(images, 4096))
+                cell.run(min(plan["seconds"], 1.0))
+            for _ in range(plan["repeats"]):
+                for cell in cells:
+                    cell.rates.append(cell.run(plan["seconds"]))
+        finally:
+            for cell in cells:
+                cell.close()
         for cell in cells:
-            cell.close()
-    rows = [cell.result() for cell in cells]
+            wrote[cell.store] = max(cell.prepared, wrote.get(cell.store, 0.0))
+        rows += [cell.result() for cell in cells]
+        bars.update(_bars(side, cells))
     print(_table(side, rows), file=sys.stderr)
     return {
-        "shape": [3, side, side], "images": images, "not_installed": absent, "bars": _bars(side, cells), "cells": rows,
-        "write_seconds": prepare_seconds, "bytes": _bytes(folder),
+        "shape": [3, side, side], "images": images, "batch": plan["batch"], "not_installed": absent, "bars": bars,
+        "cells": rows, "write_seconds": wrote, "bytes": _bytes(folder),
     }  # fmt: skip
+
+
+def _open_cells(plan: dict[str, Any], folder: Path, processes: int, absent: dict[str, str]) -> list[_Cell]:
+    """The readers of the plan, opened; what is not installed goes to `absent` with the remedy."""
+    cells: list[_Cell] = []
+    for name in (name for group in plan["groups"] for name in GROUPS[group]):
+        if name in absent or (processes > 1 and name in bank_rivals.ALONE):
+            continue
+        cell = _Cell(name, processes, folder, plan)
+        missing = cell.open()
+        if missing:
+            absent[name] = f"{missing} is not installed: {INSTALL.get(missing, 'pip install ' + missing)}"
+            cell.close()
+        else:
+            cells.append(cell)
+    return cells
 
 
 def write_source(folder: Path, side: int, images: int) -> None:
@@ -297,23 +305,20 @@ class _Cell:
 def _bars(side: int, cells: list[_Cell]) -> dict[str, Any]:
     """The bank (images and labels) against the best reader of each group; the ratio is the median over repetitions."""
     bars: dict[str, Any] = {}
-    for processes in sorted({cell.processes for cell in cells}):
-        of = {cell.name: cell for cell in cells if cell.processes == processes}
-        ours = {"bank": of["bank"]}
-        for group, bar in BARS.items():
-            names = [n for n in GROUPS[group] if n in of and n != "memmap_all"]
-            if not names:
-                continue
+    of = {cell.name: cell for cell in cells}
+    number = f"{cells[0].processes} process{'es' if cells[0].processes > 1 else ''}"
+    for group, bar in BARS.items():
+        names = [n for n in GROUPS[group] if n in of and n != "memmap_all"]
+        if names:
             best = max(names, key=lambda n: statistics.median(of[n].rates))
-            ratio = _paired(ours["bank"], of[best])
-            bars[f"{group}, {processes} process{'es' if processes > 1 else ''}"] = {
-                "ratio": ratio, "against": best, "bar": bar if group != "imagefolder" or side == 32 else None,
-                "held": ratio >= bar if group != "imagefolder" or side == 32 else None,
+            ratio, asked = _paired(of["bank"], of[best]), group != "imagefolder" or side == 32
+            bars[f"{group}, {number}"] = {
+                "ratio": ratio, "against": best, "bar": bar if asked else None, "held": ratio >= bar if asked else None,
             }  # fmt: skip
-        bars[f"all columns against a memmap of each, {processes}"] = {
-            "ratio": _paired(of["bank_all"], of["memmap_all"]),
-            "ratio_to_memmap_of_images_and_labels": _paired(of["bank_all"], of["memmap"]),
-        }
+    bars[f"all columns, {number}"] = {
+        "ratio_to_memmap_of_the_same_columns": _paired(of["bank_all"], of["memmap_all"]),
+        "ratio_to_memmap_of_images_and_labels": _paired(of["bank_all"], of["memmap"]),
+    }
     return bars
 
 

@@ -239,7 +239,7 @@ def _workers(count: int) -> dict[str, Any]:
     if not count:
         return {"num_workers": 0}
     # fork: what is read must not have to be pickled for the comparison
-    return {"num_workers": count, "persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "fork"}
+    return {"num_workers": count, "persistent_workers": True, "multiprocessing_context": "fork"}
 
 
 def _endless(loader: Any) -> Iterator[Batch]:
@@ -326,7 +326,7 @@ class Worker:
     def run(self, command: dict[str, Any]) -> dict[str, Any]:
         assert self.batches is not None
         time.sleep(max(0.0, command["at"] - time.time()))
-        for _ in range(8 if self.workers else 1):  # what the workers had ready is not counted
+        for _ in range(1 + 2 * self.workers):  # what the workers had ready (prefetch_factor is 2) is not counted
             next(self.batches)
         images, started, used = 0, time.perf_counter(), time.process_time()
         while (now := time.perf_counter()) - started < command["seconds"]:

@@ -53,7 +53,9 @@ def main(argv: list[str]) -> int:
     if min(args.images, args.batch, args.cores) < 1 or args.memory <= 0 or args.seconds <= 0:
         raise UsageError("bench million: all numbers must be positive")
     if args.phase is not None:
-        print(json.dumps(PHASES[args.phase](args)))
+        answer = PHASES[args.phase](args)
+        time.sleep(0.1)  # let the parent look at the peak once more
+        print(json.dumps(answer))
         return 0
     work = args.work or Path(tempfile.mkdtemp(prefix="synthkit-million-"))
     if args.work is not None and work.exists() and any(work.iterdir()):
@@ -264,18 +266,25 @@ def _child(phase: str, args: argparse.Namespace, work: Path, group: Path | None,
 
 
 def _watch(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Peak memory of the child (bytes): resident in all, and of that anonymous (its own, not pages of files)."""
-    anonymous = 0
+    """Peak memory of the child (bytes): resident in all, and of that anonymous (its own, not pages of files).
+
+    Read from /proc while it runs; what the system tells at the end counts this process too, which the child was before
+    it became another program.
+    """
+    peak = {"VmHWM": 0, "RssAnon": 0}
+    place = Path(f"/proc/{process.pid}")
     while True:
-        with contextlib.suppress(OSError, StopIteration, ValueError):  # the child may just have ended, or no /proc
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            anonymous = max(anonymous, next(int(v.split()[1]) << 10 for v in lines if v.startswith("RssAnon")))
+        with contextlib.suppress(OSError, ValueError, IndexError):  # the child may just have ended, or no /proc
+            if b"--phase" in (place / "cmdline").read_bytes():
+                lines = [line.split() for line in (place / "status").read_text().splitlines()]
+                found = {words[0].rstrip(":"): int(words[1]) << 10 for words in lines if words[0][:-1] in peak}
+                peak = {name: max(value, found.get(name, 0)) for name, value in peak.items()}
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
             unit = 1 if sys.platform == "darwin" else 1 << 10
-            return {"rss": usage.ru_maxrss * unit, "anonymous": anonymous or None}
-        time.sleep(0.02)
+            return {"rss": peak["VmHWM"] or usage.ru_maxrss * unit, "anonymous": peak["RssAnon"] or None}
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -70,7 +70,8 @@ def test_cli(tmp_path, capsys):
 
 @pytest.mark.parametrize("words, message", [
     (["--sizes", "32", "--images", "1,2"], "one number for each"), (["--sizes", "a"], "whole numbers"),
-    (["--rivals", "mdz"], "did you mean 'mds'"), (["--batch", "0"], "positive"), (["--images", "10,10"], "two batches"),
+    (["--rivals", "mdz"], "did you mean 'mds'"), (["--batch", "0"], "whole numbers"),
+    (["--images", "10,10"], "two batches"),
     (["--mds-python", "/nowhere/python"], "interpreter"), (["--image", "1"], "--images"),
 ])  # fmt: skip
 def test_wrong_use(words, message):
