@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,11 @@ from synthkit.data.splits import Split, choose, missing_root, split_of_folder
 from synthkit.errors import DataError, RequirementError
 
 _IMAGE_KEYS = ("images", "x", "data")
+# What numpy and zipfile raise for damaged or hostile members (numpy parses a header as Python text).
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, LookupError, TypeError, RuntimeError, SyntaxError,
+    ArithmeticError, tokenize.TokenError,
+)  # fmt: skip
 _LABEL_KEYS = ("labels", "y", "targets")
 
 
@@ -45,6 +53,8 @@ def load_npz(path: Path, split: Split, size: tuple[int, int, int] | None, name: 
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
+            for entry in archive.infolist():
+                _require_honest_header(archive, entry, path)
         if unpacked > 0.9 * free_memory():
             raise DataError(f"{path}: {unpacked / 2**30:.2f} GiB unpacked do not fit into memory")
         with np.load(path, allow_pickle=False) as store:
@@ -60,13 +70,26 @@ def load_npz(path: Path, split: Split, size: tuple[int, int, int] | None, name: 
             images = torch.cat([_as_nchw(store[image], path) for image, _ in chosen])
             raw = np.concatenate([store[label].reshape(-1) for _, label in chosen])
             names = [str(text) for text in store["class_names"]] if "class_names" in store else None
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path}: not a plain npz file ({error})", hint="write it with numpy.savez") from error
     labels, class_names = _labels(raw.tolist(), names, name)
     data = RealData(
         images=images, labels=labels, class_names=class_names, name=name, root=str(path), split=taken, notes=notes
     )
     return data.resized(size) if size else data
+
+
+def _require_honest_header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> None:
+    """Refuse an array that claims more bytes than its member holds: numpy would allocate them before it reads."""
+    if not entry.filename.endswith(".npy"):
+        return
+    with archive.open(entry) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(stream)
+        claimed = math.prod(shape) * dtype.itemsize
+        if not dtype.hasobject and (min(shape, default=0) < 0 or stream.tell() + claimed != entry.file_size):
+            raise DataError(f"{path}: {entry.filename[:100]} claims shape {shape}, which it does not hold")
 
 
 def _as_nchw(array: np.ndarray, path: Path) -> torch.Tensor:

@@ -15,6 +15,7 @@ from synthkit.data.real import RealData, require_bytes
 from synthkit.data.splits import Split, by_split, choose, looked_for, missing_root, refuse_other_split
 from synthkit.errors import DataError, RequirementError
 
+MAX_CLASSES = 1 << 20
 _IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture")
 _LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target", "cls")
 _PATTERNS = ("*.parquet", "data/*.parquet", "*/*.parquet", "*/*/*.parquet")
@@ -205,4 +206,6 @@ def _labels(raw: list[Any], names: list[str] | None, what: str) -> tuple[torch.T
         raise DataError(f"{what}: labels are neither whole numbers nor text", got=raw[0])
     if min(raw) < 0:
         raise DataError(f"{what}: labels of {min(raw)}: this split is not labelled", hint="take another split")
+    if max(raw) >= MAX_CLASSES:  # one name per class is made below: a label of 2**40 would fill the memory
+        raise DataError(f"{what}: a label of {max(raw)}: that is no class number", hint=f"cap: {MAX_CLASSES} classes")
     return torch.tensor(raw, dtype=torch.int64), names or [str(i) for i in range(max(raw) + 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -123,8 +124,9 @@ def _header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dt
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)  # numpy refuses headers of over 10,000 bytes
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{where}: not a plain .npy array ({str(error).splitlines()[0][:120]})") from error
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, tokenize.TokenError, RecursionError,
+            MemoryError) as error:  # fmt: skip  # numpy parses the header as Python text and lets all of these through
+        raise DataError(f"{where}: not a plain .npy array ({' '.join(str(error).split())[:120]})") from error
     if any(side < 0 for side in shape):
         raise DataError(f"{where}: claims a negative side", got=shape)
     return shape, fortran, dtype

@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import tarfile
+import tokenize
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,7 +125,7 @@ def _samples(files: list[Path]) -> Iterator[tuple[str, Sample]]:
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
     # Uncompressed only, as WebDataset's own tools write it: extended headers are read at once, and those of a
     # compressed tar can unfold to any size. Of a plain tar they are bounded by `_Bounded`.
-    with _tar_errors(file), open(file, "rb") as raw, tarfile.open(fileobj=_Bounded(raw, file), mode="r:") as archive:
+    with _tar_errors(file), open(file, "rb") as raw, _opened(raw, file) as archive:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # it remembers each; a million would fill the memory
             if member.isdir():
@@ -139,6 +140,10 @@ def _members(file: Path) -> Iterator[tuple[str, bytes]]:
             if len(data) != member.size:
                 raise DataError(f"{file}: {member.name[:200]} ends early", hint="the tar is truncated")
             yield member.name, data
+
+
+def _opened(raw: IO[bytes], file: Path) -> tarfile.TarFile:
+    return tarfile.open(fileobj=cast(IO[bytes], _Bounded(raw, file)), mode="r:")
 
 
 class _Bounded:
@@ -200,8 +205,17 @@ def _fields(data: bytes, where: str) -> Sample:
 def _array(data: bytes, where: str) -> np.ndarray:
     try:
         array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{where}: not a plain .npy array ({str(error).splitlines()[0][:120]})") from error
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        SyntaxError,
+        TypeError,
+        tokenize.TokenError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise DataError(f"{where}: not a plain .npy array ({' '.join(str(error).split())[:120]})") from error
     if array.dtype.kind not in "iuf":
         raise DataError(f"{where}: must hold numbers", got=str(array.dtype))
     return array
