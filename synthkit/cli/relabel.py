@@ -47,6 +47,9 @@ def summary_lines(labels: LabelSet) -> list[str]:
     spec, bank = labels.spec, labels.path.parent.parent
     lines = [f"label set {labels.name} of bank {bank}: {spec.rows:,} {spec.kind}, {spec.row_bytes} bytes each, "
              f"{labels.nbytes / 1e6:,.2f} MB"]  # fmt: skip
+    if not labels.complete:
+        made = f"{len(labels.sidecars)} of {spec.shards} shards"
+        return [*lines, f"unfinished ({made}): the other --shards I/N make the rest, or --resume without --shards"]
     if labels.agreement is not None:
         lines.append(f"  the teacher names the bank's label on {100 * labels.agreement:.2f} % of them")
         if labels.agreement < 2 / spec.num_classes and spec.num_classes > 2:

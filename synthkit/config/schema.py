@@ -156,6 +156,8 @@ class RelabelConfig:
     """Rows that the teacher sees at once; with --bn batch it is part of the labels."""
     seed: int = 0
     """Seed of the views."""
+    shards: str | None = None
+    """I/N: make only the I-th of N equal parts of the shards, as one of N processes or machines (I from 1 to N)."""
     resume: bool = False
     """Go on with the unfinished label set `name`."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -25,6 +25,7 @@ from synthkit.bank.stored import pixel_column
 from synthkit.bank.topk import compress_topk, tail_error
 from synthkit.bank.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
 from synthkit.config.schema import RelabelConfig
+from synthkit.config.worker import shards_of, worker_of
 from synthkit.distillation.task import check_fits, teacher_facts
 from synthkit.errors import ConfigError, DataError, ModelError, OutputExistsError, RequirementError
 from synthkit.models.build import load_model
@@ -49,13 +50,16 @@ class RelabelTask:
     spec: LabelSpec
     draw: ViewDraw | None
     """The views; None labels the images as they are."""
+    worker: tuple[int, int]
+    """(I, N) of --shards; (1, 1) makes all."""
     notes: list[str]
 
 
 def relabel(cfg: RelabelConfig) -> LabelSet:
     """Label the bank `cfg.bank` and return the finished label set; resumable after any kill, shard by shard.
 
-    With several processes (torchrun) each labels its share of the shards.
+    With several processes (torchrun) or machines (`shards`) each labels its part of the shards; the set that one of
+    several workers returns may be unfinished.
 
     Raises:
         UsageError: something does not fit, or the set exists and `resume` was not asked for; nothing was written.
@@ -69,9 +73,10 @@ def relabel(cfg: RelabelConfig) -> LabelSet:
     runtime = Runtime.create(runtime_config)
     task.teacher.to(runtime.device, channels_last=runtime.channels_last)
     job = _Job(task, runtime)
-    missing = task.spec.shards
+    mine = shards_of(task.worker, task.spec.shards)
+    missing = len(mine)
     if _labels_json(task.bank, cfg.name).exists():
-        missing = len(LabelWriter.open(cfg.bank, cfg.name, expect=task.spec).missing())
+        missing = len(set(LabelWriter.open(cfg.bank, cfg.name, expect=task.spec).missing()) & set(mine))
     if missing:
         with teacher_mode(task.teacher, cfg.bn):
             job.announce(job.measure(), missing)
@@ -87,12 +92,13 @@ def relabel(cfg: RelabelConfig) -> LabelSet:
 def check_relabel(cfg: RelabelConfig) -> RelabelTask:
     """Resolve and check everything; writes nothing. Raises as `relabel`."""
     check_name(cfg.name)
+    worker = worker_of(cfg.shards) if cfg.shards else (1, 1)
     bank = Bank(cfg.bank)
     if not bank.complete:
         raise DataError(f"bank {cfg.bank} is unfinished ({len(bank)} of {bank.spec.images} images)",
                         hint="finish it with synthkit synthesize --resume: labels are numbered by image")  # fmt: skip
     pixel_column(bank)
-    if _labels_json(bank, cfg.name).exists() and not cfg.resume:
+    if _labels_json(bank, cfg.name).exists() and not (cfg.resume or cfg.shards):
         raise OutputExistsError(f"bank {cfg.bank} has a label set {cfg.name!r} already",
                                 hint="go on with --resume, or choose another --name")  # fmt: skip
     if cfg.views < 0:
@@ -114,7 +120,7 @@ def check_relabel(cfg: RelabelConfig) -> RelabelTask:
         notes.append("--bn batch: a batch is consecutive images as the bank stores them; where those are of one class, "
                      "so are the statistics (views are in random order)")  # fmt: skip
     spec = label_spec(cfg, bank, facts, draw)
-    return RelabelTask(cfg=cfg, bank=bank, teacher=teacher, spec=spec, draw=draw, notes=notes)
+    return RelabelTask(cfg=cfg, bank=bank, teacher=teacher, spec=spec, draw=draw, worker=worker, notes=notes)
 
 
 def _labels_json(bank: Bank, name: str) -> Path:
@@ -249,8 +255,9 @@ class _Job:
 
     def run(self, writer: LabelWriter) -> None:
         """Make the missing shards of this process's share."""
-        world, rank = self.runtime.world, self.runtime.rank
-        todo = [i for i in range(rank, self.spec.shards, world) if i in set(writer.missing())]
+        absent = set(writer.missing())
+        mine = shards_of(self.task.worker, self.spec.shards)[self.runtime.rank :: self.runtime.world]
+        todo = [i for i in mine if i in absent]
         rows = sum(self.spec.shard_size(i) for i in todo)
         if not todo:
             return

@@ -5,13 +5,13 @@ No state is stored. `--shards I/N` takes the shards i with i mod N = I - 1; afte
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from synthkit.bank import BankWriter
-from synthkit.errors import ConfigError, RunError
+from synthkit.config.worker import shards_of, worker_of
+from synthkit.errors import RunError
 from synthkit.runtime import format_seconds
 from synthkit.synthesis.columns import columns_of
 from synthkit.synthesis.record import RunRecord
@@ -19,19 +19,7 @@ from synthkit.synthesis.record import RunRecord
 if TYPE_CHECKING:
     from synthkit.synthesis.base import Task
 
-
-def worker_of(text: str) -> tuple[int, int]:
-    """(I, N) of "I/N", I from 1 to N. Raises `ConfigError`."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text.strip())
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ConfigError("shards: must be I/N with I from 1 to N", got=text,
-                          hint="for example --shards 3/8 for the third of eight workers")  # fmt: skip
-    return int(found[1]), int(found[2])
-
-
-def shards_of(worker: tuple[int, int] | None, total: int) -> range:
-    """The shards of a worker (I, N), or all."""
-    return range(total) if worker is None else range(worker[0] - 1, total, worker[1])
+__all__ = ["ShardRun", "shards_of", "worker_of"]
 
 
 class ShardRun:

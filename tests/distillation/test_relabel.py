@@ -430,6 +430,19 @@ def test_command_line(bank, capsys):
     assert Bank(bank).label_sets() == ["from_python", "i", "v"]
 
 
+def test_machines_share_the_shards(bank, capsys):
+    relabel(fkd(bank, "whole"))
+    words = ["relabel", "--bank", str(bank), "--device", "cpu", "--name", "parts", "--views", "3", "--batch_size", "16"]
+    words += ["--crop_scale", "0.3", "1", "--mix", "cutmix", "--seed", "5"]
+    assert main([*words, "--shards", "2/3"]) == 0
+    assert "unfinished (6 of 18 shards)" in capsys.readouterr().out
+    assert Bank(bank).labels("parts").missing == [i for i in range(18) if i % 3 != 1]
+    assert main([*words, "--shards", "1/3"]) == 0 and main([*words, "--shards", "3/3"]) == 0
+    assert hashes(bank, "parts") == hashes(bank, "whole") and Bank(bank).labels("parts").complete
+    assert (bank / "labels" / "parts" / "manifest.json").exists()
+    assert main([*words, "--shards", "4/3"]) == 2
+
+
 def test_a_spec_written_by_hand_can_be_filled(bank):
     """Labels from elsewhere (a downloaded FKD bank): the writer is public."""
     record = Bank(bank).record
