@@ -145,13 +145,33 @@ def test_every_file_and_folder_is_synced_before_the_rename(tmp_path, monkeypatch
     assert calls[moved + 1 :] == [("fsync", str(tmp_path))]
 
 
-def test_a_folder_of_many_files_is_swept_first(tmp_path, monkeypatch):
-    swept = []
-    monkeypatch.setattr(os, "sync", lambda: swept.append(True))
+@pytest.mark.parametrize("possible", [True, False])
+def test_a_folder_of_many_files_is_put_on_disk_at_once_or_file_by_file(tmp_path, monkeypatch, possible):
+    swept, synced, sync = [], [], storage._sync_file
+    monkeypatch.setattr(storage, "sync_file_system", lambda path: swept.append(path) or possible)
+    monkeypatch.setattr(storage, "_sync_file", lambda path: (synced.append(path), sync(path)))
     with staged(tmp_path / "out") as work:
         for i in range(storage.MANY_FILES + 1):
             (work / str(i)).write_text("x")
-    assert swept and len(list((tmp_path / "out").iterdir())) == storage.MANY_FILES + 1
+    assert swept == [work] and len(synced) == (0 if possible else storage.MANY_FILES + 1)
+    assert len(list((tmp_path / "out").iterdir())) == storage.MANY_FILES + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="syncfs is Linux's")
+def test_the_whole_file_system_is_synced_and_its_errors_are_ours(tmp_path, monkeypatch):
+    assert storage.sync_file_system(tmp_path)
+    monkeypatch.setattr(storage.platform, "release", lambda: "4.19.0")
+    assert not storage.sync_file_system(tmp_path)
+    monkeypatch.setattr(storage.platform, "release", lambda: "6.1.0")
+
+    class Library:
+        def syncfs(self, fd):
+            storage.ctypes.set_errno(5)
+            return -1
+
+    monkeypatch.setattr(storage.ctypes, "CDLL", lambda *_, **__: Library())
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.sync_file_system(tmp_path)
 
 
 CHILD = """
@@ -174,3 +194,17 @@ def test_a_killed_run_leaves_no_target_and_the_next_call_cleans_up(tmp_path):
     with staged(tmp_path / "out") as work:
         (work / "y").write_text("y")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["y"] and hidden(tmp_path) == []
+
+
+def test_temporaries_of_run_records_are_recognised_whatever_the_host_is_called(tmp_path, monkeypatch):
+    """A host name with dashes: what a killed run left of its run.json is cleaned up like a shard's temporary."""
+    from synthkit import runtime
+
+    monkeypatch.setattr(storage.socket, "gethostname", lambda: "node-7.rack-2")
+    names = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (names.append(Path(source).name), real(source, target)))
+    runtime.atomic_write(tmp_path / "run.json", b"{}")
+    left = tmp_path / names[0].replace(str(os.getpid()), str(DEAD))
+    left.write_text("{")
+    assert clean_stale_temps(tmp_path) == [left] and (tmp_path / "run.json").read_text() == "{}"
