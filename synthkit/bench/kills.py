@@ -215,19 +215,19 @@ class _Campaign:
         self.tally = _Tally(stage=stage.name)
         self.reference: dict[str, str] = {}
         self.operations: dict[str, list[int]] = {}
+        self.seconds: list[float] = []  # of whole unbroken work; the machine may become faster or slower meanwhile
         self.number = 0
 
     def measure(self) -> None:
         """Do the work unbroken, to know how long it takes, how many file operations it needs and what it makes."""
         (self.work / "shared").mkdir(parents=True)
         self.stage.setup(self.work / "shared")
-        seconds: list[float] = []
         trace: list[str] = []
         for _ in range(UNBROKEN):
             folder = self._fresh()
             victims = self._start(folder, self.stage.roles, None)
             self._let_end(victims)
-            seconds.append(max(v.seconds for v in victims))
+            self.seconds.append(max(v.seconds for v in victims))
             trace = victims[0].log.read_text().splitlines()
             found, result = self.stage.check(folder), self.stage.result(folder)
             if found.problems or result != (self.reference or result):
@@ -236,7 +236,7 @@ class _Campaign:
                 )
             self.reference = result
             shutil.rmtree(folder)
-        self.tally.unbroken_seconds = round(statistics.median(seconds), 5)
+        self.tally.unbroken_seconds = round(statistics.median(self.seconds), 5)
         self.operations = {kind: [i for i, k in enumerate(trace, 1) if k == kind] for kind in sorted(set(trace))}
         self.tally.unbroken_operations, self.tally.operation_kinds = len(trace), len(self.operations)
 
@@ -290,22 +290,23 @@ class _Campaign:
         doomed = victims
         if len(victims) > 1 and order is None and self.chance.uniform() < 0.7:  # the others work on
             doomed = [victims[int(self.chance.integers(len(victims)))]]
-        died = []
+        died, expected = [], statistics.median(self.seconds[-UNBROKEN:])
         for victim in doomed:
-            at = self.tally.unbroken_seconds * moment if not isinstance(moment, Order) else 0.0
+            at = expected * moment if not isinstance(moment, Order) else 0.0
             if victim.wait() if order else victim.kill_after(at):
                 died.append(victim)
         done = before.union(*(v.shared.acknowledged for v in victims))
         found = self.stage.check(folder)  # while the others still work
         if not died:
             self.tally.survived += 1
+            self.seconds += [] if again else [max(v.seconds for v in doomed)]
         else:
             tally = self.tally
             tally.kills += 1
             tally.killed_again += again
             tally.by_time += order is None
             tally.by_operation += order is not None
-            tenth = f"{min(9, int(10 * died[0].seconds / tally.unbroken_seconds)) * 10} %"
+            tenth = f"{min(9, int(10 * died[0].seconds / expected)) * 10} %"
             tally.tenths[tenth] = tally.tenths.get(tenth, 0) + 1
             phase = died[0].shared.place[1]
             tally.phases[phase] = tally.phases.get(phase, 0) + 1
