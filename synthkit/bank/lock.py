@@ -198,7 +198,13 @@ def claim(
             with _mutex(bank):
                 if mine._thread is None:
                     mine.publish()
-                rivals = [h for h in read_claims(bank) if h.path != mine.path and _overlap(mine.shards, h.shards)]
+                others = [h for h in read_claims(bank) if h.path != mine.path]
+                rivals = [h for h in others if _overlap(mine.shards, h.shards)]
+                for holder in others:
+                    if holder not in rivals and holder.on_this_machine and _probe(holder.path) == "free":
+                        holder.path.unlink(
+                            missing_ok=True
+                        )  # dead and in nobody's way; else it would lie there for ever
                 unknown = [h for h in rivals if not _settle(bank, h, silent)]
             if not unknown:
                 break

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from synthkit.bank.storage import clean_stale_temps
 from synthkit.config.parse import config_to_dict
 from synthkit.config.schema import SynthesizeConfig
 from synthkit.errors import RunError, StorageError, SynthkitError
@@ -38,6 +39,7 @@ class RunRecord:
     def begin(self, first_shard: int) -> None:
         """Open a new leg, after those that an earlier process left in run.json."""
         self.dir.create()
+        clean_stale_temps(self.dir.path)
         self.dir.truncate_metrics(lambda record: True)  # takes off a line that a killed run left torn
         self._logged = max((record.get("step", 0) for record in self.dir.metrics()), default=0)
         before = self.dir.read_json("run.json") or {}

@@ -140,6 +140,16 @@ def test_a_killed_holder_does_not_block_and_a_suspended_one_does(writer):
     assert read_claims(writer.path) == []
 
 
+def test_dead_claims_that_are_in_nobodys_way_are_cleared_too(writer):
+    with child(BEGIN + HOLD.format(shards="[5]"), writer.path) as holder:
+        with writer.claim([0]):
+            assert len(read_claims(writer.path)) == 2
+        holder.kill()
+        holder.wait()
+        with writer.claim([0]):
+            assert len(read_claims(writer.path)) == 1
+
+
 def test_a_forked_child_that_outlives_its_killed_parent_holds_nothing(writer):
     code = """
 import os
