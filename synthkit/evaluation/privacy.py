@@ -3,8 +3,9 @@
 Three questions, in falling order of certainty. Exact copies: pixels that equal a training image, also mirrored or moved
 by up to two pixels (`copies`). Near copies: images that lie nearer to one training image than hold-out images of the
 same distribution do, both in distance and in distance over that to the next ten neighbours. (The second condition
-keeps typical images out: they are near to many real images, a copy is near to one.) Membership: are bank images nearer
-to the training set than to a hold-out of equal size more often than not? None of this is a proof of privacy.
+keeps typical images out: they are near to many real images, a copy is near to one.) Membership: is the nearest real
+image a training image, rather than a hold-out image, more often than the sizes of the two sets give? None of this is a
+proof of privacy.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def _space(
     order = order[~known[order]][:LISTED]
     listed = zip(rows[order], to_train.indices[order, 0], to_train.distances[order, 0], near[order], strict=True)
     closest = [[int(row), int(other), float(distance), bool(flag)] for row, other, distance, flag in listed]
-    member = None if outside is None else _membership(base, outside, queries, replicates, seed)
+    member = None
+    if outside is not None:
+        member = _membership(to_train, nearest(outside, queries), (len(base), len(outside)), replicates, seed)
     return {
         "features": source.record(), "bank": _quantiles(to_train.distances[:, 0]),
         "reference": _quantiles(reference.distances[:, 0]), "reference_images": len(reference.distances),
@@ -231,36 +234,44 @@ def chance_limit(n: int, m: int, place: int, level: float = LEVEL) -> int:
 
 
 def _membership(
-    base: np.ndarray, outside: np.ndarray, queries: np.ndarray, replicates: int, seed: int
+    to_train: Neighbours, to_held: Neighbours, sizes: tuple[int, int], replicates: int, seed: int
 ) -> dict[str, Any]:  # fmt: skip
-    """How often a bank image is nearer to training than to hold-out images, from sets of equal size.
+    """How often the nearest real image of a bank image is a training image, as if both sets were equally large.
 
-    The larger set always holds nearer neighbours, so the larger is sampled down to the size of the smaller. An image is
-    nearer to training when the nearest of all real images is a training image. Many bank images may share one nearest
-    real image; chance deals in real images, not in bank images. So the p-value gives every real image either label at
-    random, and the interval resamples the real images, each with all bank images that are nearest to it.
+    The larger set holds more of the nearest images by its size alone: by chance the share is N / (N + M). The AUC takes
+    the sizes out of the odds: `auc / (1 - auc) = share / (1 - share) * M / N`; for N = M it is the share itself.
+    (Taking a sample of the larger set instead would hide the copies of the images left out.)
+
+    Many bank images may have one nearest real image; chance deals in real images, not in bank images. So the p-value
+    gives every real image a label at random, training with probability N / (N + M), and the interval resamples the real
+    images, each with all bank images that are nearest to it.
 
     Returns:
         `auc` (0.5: no signal); `low`, `high`: 95 % interval, None below 20 real images; `p`: how often random labels
-        reach this value; `n` bank images; `real`: images in each set; `nearest`: real images that are nearest to any.
+        reach this share; `share` and `by_chance`; `n` bank images; `train` and `holdout`: N and M; `nearest`: real
+        images that are nearest to any.
     """
-    m = min(len(base), len(outside))
-    pool = np.concatenate([base[sample(len(base), m, seed)], outside[sample(len(outside), m, seed)]])
     rng = np.random.default_rng([seed, 0x626F6F74])
-    order = rng.permutation(2 * m)  # so that no set comes first where distances are equal
-    found = order[nearest(pool[order], queries).indices[:, 0]]
-    real, weights = np.unique(found, return_counts=True)
-    inside = real < m
-    auc = float(weights[inside].sum() / len(queries))
+    gaps, others = to_train.distances[:, 0], to_held.distances[:, 0]
+    is_train = (gaps < others) | ((gaps == others) & (rng.random(len(gaps)) < 0.5))
+    who = np.where(is_train, to_train.indices[:, 0], sizes[0] + to_held.indices[:, 0])
+    real, weights = np.unique(who, return_counts=True)
+    inside, chance = real < sizes[0], sizes[0] / sum(sizes)
     random, again = np.empty(replicates), np.empty(replicates)
     for i in range(replicates):
-        random[i] = weights @ (rng.random(len(real)) < 0.5)
+        random[i] = weights @ (rng.random(len(real)) < chance)
         chosen = rng.integers(0, len(real), len(real))
         again[i] = weights[chosen] @ inside[chosen] / weights[chosen].sum()
-    low, high = (float(v) for v in np.quantile(again, [0.025, 0.975])) if len(real) >= FEWEST else (None, None)
-    reached = int((random >= weights[inside].sum()).sum())
-    return {"auc": auc, "low": low, "high": high, "p": (1 + reached) / (1 + replicates), "n": len(queries), "real": m,
-            "nearest": len(real), "replicates": replicates}  # fmt: skip
+
+    def auc(share: float) -> float:
+        train, held = share / sizes[0], (1 - share) / sizes[1]
+        return float(train / (train + held))
+
+    low, high = (auc(v) for v in np.quantile(again, [0.025, 0.975])) if len(real) >= FEWEST else (None, None)
+    reached = int((random >= weights @ inside).sum())
+    return {"auc": auc(is_train.mean()), "low": low, "high": high, "p": (1 + reached) / (1 + replicates),
+            "share": float(is_train.mean()), "by_chance": chance, "n": len(gaps), "train": sizes[0],
+            "holdout": sizes[1], "nearest": len(real), "replicates": replicates}  # fmt: skip
 
 
 def _pairs(spaces: list[dict[str, Any]], copied: Copies) -> list[dict[str, Any]]:

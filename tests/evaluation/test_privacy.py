@@ -17,8 +17,8 @@ from synthkit.data.real import RealData
 from synthkit.errors import DataError, ModelError, OutputExistsError, UsageError
 from synthkit.evaluation.copies import find_copies
 from synthkit.evaluation.features import Images, pixel_source
-from synthkit.evaluation.neighbours import nearest
-from synthkit.evaluation.privacy import audit, chance_limit
+from synthkit.evaluation.neighbours import Neighbours, nearest
+from synthkit.evaluation.privacy import _membership, audit, chance_limit
 from tests.workshop import save_teacher
 
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -148,7 +148,29 @@ def test_more_training_than_holdout_images_do_not_bias_membership(tmp_path):
     naive = (nearest(*_flat(train, made)).distances < nearest(*_flat(held, made)).distances).mean()
     assert naive > 0.85
     member = run(bank_of(tmp_path / "b", made), train, held)["spaces"][0]["membership"]
-    assert member["real"] == 300 and member["low"] <= 0.5 <= member["high"]
+    assert member["share"] == naive and member["by_chance"] == pytest.approx(3000 / 3300)
+    assert member["low"] <= 0.5 <= member["high"] and member["p"] > 0.01
+
+
+def test_few_copies_of_many_training_images_show_in_membership(tmp_path):
+    """A bank of 200 of 3,000 training images: a training sample as small as the hold-out would hold 20 of them."""
+    train, held = pictures(3000, 1), pictures(300, 2)
+    member = run(bank_of(tmp_path / "b", train[:200]), train, held)["spaces"][0]["membership"]
+    assert member["auc"] == 1.0 == member["low"] and member["p"] < 0.001
+
+
+def test_membership_by_hand():
+    """Five bank images, three nearest to training: odds 3 / 2, times M / N = 2 / 6, is 1 / 2."""
+    gaps = np.array([[1.0], [1.0], [1.0], [3.0], [3.0]])
+    rows = np.array([[0], [1], [1], [4], [4]])
+    train, held = Neighbours(gaps, rows), Neighbours(np.full((5, 1), 2.0), np.array([[0], [0], [0], [1], [0]]))
+    found = _membership(train, held, (6, 2), 1000, 0)
+    assert found["share"] == 0.6 and found["by_chance"] == 0.75 and found["auc"] == pytest.approx(1 / 3)
+    assert found["nearest"] == 4 and found["low"] is None  # training 0 and 1, hold-out 0 and 1
+    # P(share >= 3 / 5) with weights 1, 2, 1, 1 and labels that are training with 3 / 4: all but the sums 0, 1 and 2
+    q = 0.25
+    below = q**4 + 3 * 0.75 * q**3 + (3 * 0.75**2 * q**2 + 0.75 * q**3)
+    assert found["p"] == pytest.approx(1 - below, abs=0.05)
 
 
 def _flat(*sets: np.ndarray) -> list[np.ndarray]:
@@ -323,7 +345,7 @@ def test_command_with_both_spaces_and_another_holdout(tmp_path, capsys):
     assert main([*words, "--holdout", held]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [s["features"]["kind"] for s in result["spaces"]] == ["pixels", "teacher"]
-    assert result["holdout"]["used"] == 70 and all(s["membership"]["real"] == 70 for s in result["spaces"])
+    assert result["holdout"]["used"] == 70 and all(s["membership"]["holdout"] == 70 for s in result["spaces"])
     assert main(words) == 0  # this file has no test part
     assert json.loads(capsys.readouterr().out)["holdout"] is None
 
@@ -348,7 +370,7 @@ def test_mnist(tmp_path):
 
     copied = check("train", train.images.numpy()[:2000])
     assert copied["copies"]["exact"] == 2000 and copied["spaces"][0]["bank"]["p90"] == 0
-    assert copied["spaces"][0]["membership"]["low"] > 0.5 and copied["verdict"]["level"] == "real images"
+    assert copied["spaces"][0]["membership"]["low"] > 0.99 and copied["verdict"]["level"] == "real images"
 
     innocent = check("test", ours)
     member = innocent["spaces"][0]["membership"]
