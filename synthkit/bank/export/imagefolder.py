@@ -60,6 +60,8 @@ class ImageFolder(Format):
         """See `Format.check`."""
         self.notes += check_png(self.source, self.options.compress_level, "imagefolder", "webdataset or mds with raw")
         counts = self.source.class_counts()
+        if self.source.spec.shape[0] == 1:
+            self.notes.append("the PNGs are grey; torchvision's default loader makes three equal channels of one")
         if counts is None:
             self.notes.append(f"the bank has no labels: all images are in the folder {UNLABELLED}")
         elif 0 in counts:

@@ -62,6 +62,7 @@ class MDS(Format):
     def check(self) -> None:
         """See `Format.check`."""
         need_range("shard_bytes", self.options.shard_bytes, 1, 1 << 31)  # offsets are uint32
+        self.source.require_small_rows(self.columns, 1 << 31, "mds")
         if not self.options.raw:
             self.notes += check_png(self.source, self.options.compress_level, "mds", "--raw")
         if "labels" not in self.columns:

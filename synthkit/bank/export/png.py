@@ -17,6 +17,7 @@ from synthkit.bank.export.source import Source
 from synthkit.errors import UsageError
 
 LEVEL = 1
+MAX_BYTES = 1 << 30  # of one image before PNG; Arrow and others hold less than 2 GiB in one piece
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _PIECE_BYTES, _PIECE_ROWS = 1 << 20, 256  # of one task of a thread
 _SAMPLES, _SAMPLE_BYTES = 32, 32 << 20
@@ -31,6 +32,7 @@ def check_png(source: Source, level: int, format: str, other: str) -> list[str]:
         format: name of the format, for messages. other: what to use instead.
     """
     need_range("compress_level", level, 0, 9)
+    source.require_small_rows(["images"], MAX_BYTES, format)
     channels = source.spec.shape[0]
     if channels not in MODES:
         raise UsageError(f"export: {format} stores PNG, which has 1 to 4 channels", got=channels, hint=f"use {other}")

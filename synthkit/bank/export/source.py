@@ -15,7 +15,7 @@ from synthkit.bank.export.names import unicode_text
 from synthkit.bank.maps import open_checked
 from synthkit.bank.reader import Bank
 from synthkit.bank.shard import COLUMNS, TOPK, Sidecar, file_sha256, row_shape, shard_file, value_problem
-from synthkit.errors import BankError
+from synthkit.errors import BankError, UsageError
 
 PIECE_BYTES = 4 << 20  # of a piece, unless one row is larger
 PIECE_ROWS = 1 << 14
@@ -78,6 +78,13 @@ class Source:
     def row_bytes(self, columns: Sequence[str]) -> int:
         """Bytes of one row of `columns`."""
         return sum(math.prod(self.row_shape(c)) * self.dtype(c).itemsize for c in columns)
+
+    def require_small_rows(self, columns: Sequence[str], limit: int, format: str) -> None:
+        """Raise `UsageError` when a row has more bytes than the format can hold in one piece."""
+        size = self.row_bytes(columns)
+        if size > limit:
+            hint = "use npz or safetensors"
+            raise UsageError(f"export: {format} holds at most {limit:,} bytes per image", got=f"{size:,}", hint=hint)
 
     def piece_rows(self, columns: Sequence[str]) -> int:
         """Rows per piece such that a piece is at most about 4 MiB."""

@@ -55,6 +55,7 @@ class WebDataset(Format):
             raise UsageError("export: name must be letters, digits, - and _ (64 at most)", got=self.options.name)
         need_range("shard_bytes", self.options.shard_bytes, 1, 1 << 50)
         need_range("shard_images", self.options.shard_images, 1, 1 << 40)
+        self.source.require_small_rows(self.columns, 1 << 32, "webdataset")  # a tar header counts to 8 GiB
         if not self.options.raw:
             self.notes += check_png(self.source, self.options.compress_level, "webdataset", "--raw")
         if "labels" not in self.columns:

@@ -300,3 +300,11 @@ def test_help_and_lists_import_neither_torch_nor_pyarrow():
 def test_a_bank_object_and_its_path_are_the_same(tmp_path):
     bank = make(tmp_path / "b", images=1)
     assert tree(export(bank, "npz", tmp_path / "o")) == tree(export(Bank(bank.path).path, "npz", tmp_path / "p"))
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "parquet", "webdataset", "mds"])
+def test_images_that_a_format_cannot_hold_are_refused(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("synthkit.bank.export.png.MAX_BYTES", 80)
+    make(tmp_path / "b", images=1)
+    with pytest.raises(UsageError, match=f"{name} holds at most 80 bytes"):
+        export(tmp_path / "b", name, tmp_path / "o")
