@@ -27,16 +27,22 @@ def plain(value: Any, where: str = "value") -> Any:
     Raises:
         UsageError: something in it has no JSON form (the message names the place).
     """
-    if value is None or isinstance(value, (bool, int, str)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int):
+        if abs(value) >= 10**MAX_JSON_DIGITS:  # the reader refuses it
+            raise UsageError(f"{where}: a whole number of more than {MAX_JSON_DIGITS} digits cannot be stored")
+        return value
+    if isinstance(value, str):
+        return _unicode(value, where)
     if isinstance(value, float):
         if value - value != 0:  # NaN and the infinities have no JSON form
             raise UsageError(f"{where}: must be finite", got=value)
         return float(value)
     if isinstance(value, Path):
-        return str(value)
+        return _unicode(str(value), where)
     if isinstance(value, dict):
-        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {_unicode(str(k), where): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if hasattr(value, "__dataclass_fields__"):
@@ -44,6 +50,15 @@ def plain(value: Any, where: str = "value") -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist(), where)
     raise UsageError(f"{where}: cannot be stored as JSON", got=type(value).__name__)
+
+
+def _unicode(text: str, where: str) -> str:
+    """`text` if UTF-8 can hold it; names of files on Linux may be any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{where}: holds characters that are no Unicode text", got=ascii(text)) from None
+    return text
 
 
 def dump_json(data: Any) -> bytes:
