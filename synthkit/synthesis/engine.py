@@ -42,25 +42,20 @@ def synthesize(config: SynthesizeConfig) -> Bank:
         RunError: training diverged, memory ran out or the disk is full; committed shards stay valid.
         BankError: the bank to resume is damaged, was begun with another recipe, or another run makes these shards.
     """
-    worker = worker_of(config.shards) if config.shards else None
     method_class = lookup("method", config.method_name)
-    if worker and not method_class.requires.shardable:
+    if config.shards and worker_of(config.shards) and not method_class.requires.shardable:
         raise RequirementError(
             f"--shards: the shards of {config.method_name} are not independent, one process makes them in order",
             hint="run whole banks with different seeds (--seed 1 --out A, --seed 2 --out B, ...), then join them:"
             " synthkit bank merge A B --out BANK",
         )
     runtime = Runtime.create(config.runtime)
+    worker = share_of(config, runtime) if method_class.requires.shardable else None
     curriculum = Curriculum.named(config.curriculum)
     source = Source.load(config, method_class, runtime)
     out = Path(config.out) if config.out else default_out(config)
     spec = bank_spec(config, source, method_class)
-    if out.exists() and not out.is_dir():
-        raise OutputExistsError(f"{out} is a file", hint="choose another --out; nothing is overwritten")
-    if not (config.resume or worker) and out.exists() and any(out.iterdir()):
-        raise OutputExistsError(
-            f"{out} is not empty", hint="go on with --resume, or choose another --out; nothing is overwritten"
-        )
+    _refuse_existing(config, out, runtime)
     early: list[str] = []  # what the method warns of while it is built, before there is a run to note it
     task = Task(
         teachers=[source.teacher] if source.teacher else [],
@@ -94,6 +89,25 @@ def synthesize(config: SynthesizeConfig) -> Bank:
                 run.run()
                 refresh_card(out)  # it tells what the run measured, which is known only now
     return Bank(out)
+
+
+def share_of(config: SynthesizeConfig, runtime: Runtime) -> tuple[int, int] | None:
+    """(I, N): the part of the shards that this process makes; none is all. Under torchrun every rank is a worker."""
+    part, parts = worker_of(config.shards) if config.shards else (1, 1)
+    if runtime.world == 1 and not config.shards:
+        return None
+    return part + parts * runtime.rank, parts * runtime.world
+
+
+def _refuse_existing(config: SynthesizeConfig, out: Path, runtime: Runtime) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputExistsError(f"{out} is a file", hint="choose another --out; nothing is overwritten")
+    if runtime.is_main and not (config.resume or config.shards) and out.exists() and any(out.iterdir()):
+        raise OutputExistsError(
+            f"{out} is not empty", hint="go on with --resume, or choose another --out; nothing is overwritten"
+        )
+    if runtime.world > 1:
+        runtime.accelerator.wait_for_everyone()  # no rank begins before the first has looked
 
 
 def _introduce(config: SynthesizeConfig, runtime: Runtime, evaluation: Evaluation | None) -> None:

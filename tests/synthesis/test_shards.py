@@ -384,3 +384,16 @@ def test_a_full_disk_in_the_middle_of_a_run(teacher, whole, tmp_path, monkeypatc
         assert not [p for p in disk.rglob("*") if ".tmp-" in p.name]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_under_torchrun_every_rank_is_a_worker(data, tmp_path):
+    """Two ranks of one command: the bank of one process, and no rank in the way of another."""
+    out = tmp_path / "bank"
+    words = ["synthesize", "--method", "noise", "--data", data, "--images", "74", "--images_per_shard", "10",
+             "--method.batch_size", "4", "--device", "cpu", "--threads", "1", "--out", str(out)]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "synthkit"]
+    done = subprocess.run([*start, *words], env=ENV, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(p.name for p in (out / "workers").iterdir()) == ["1-of-2", "2-of-2"]
+    alone = engine.synthesize(config(None, tmp_path / "alone", data=data))
+    assert shard_hashes(out) == shard_hashes(alone.path) and Bank(out).complete
