@@ -43,28 +43,23 @@ def stream(
     orders.check_ranks(batch_size, rank, world)
     if prefetch < 0 or start < 0:
         raise UsageError("stream: prefetch and start must be 0 or more", got=(prefetch, start))
-    rows, ahead = _plan(bank, batch_size, seed, epoch, shuffle, block, window, columns)
-    reader = _Reader(bank, rows, ahead, rank, world, columns)
-    return _read_ahead(reader.read, range(start, orders.steps(len(bank), batch_size)), prefetch)
 
+    def mine(batch: np.ndarray) -> np.ndarray:
+        return orders.rank_rows(batch, rank, world)
 
-class _Reader:
-    """Reads the batch of a step, after asking for what the steps behind it need."""
+    rows, ahead = _plan(bank, batch_size, seed, epoch, shuffle, block, window, columns, mine)
 
-    def __init__(self, bank: Bank, rows: Callable[[int], np.ndarray], ahead: Callable[[int], None] | None,
-                 rank: int, world: int, columns: Sequence[str] | None):  # fmt: skip
-        self._bank, self._rows, self._ahead, self._columns = bank, rows, ahead, columns
-        self._rank, self._world = rank, world
+    def read(step: int) -> BankBatch:
+        if ahead is not None:
+            ahead(step)  # what the steps behind this one need
+        return bank.batch(mine(rows(step)), columns)
 
-    def read(self, step: int) -> BankBatch:
-        if self._ahead is not None:
-            self._ahead(step)
-        return self._bank.batch(orders.rank_rows(self._rows(step), self._rank, self._world), self._columns)
+    return _read_ahead(read, range(start, orders.steps(len(bank), batch_size)), prefetch)
 
 
 def _plan(
     bank: Bank, size: int, seed: int, epoch: int, shuffle: str | None, block: int | None, window: int,
-    columns: Sequence[str] | None,
+    columns: Sequence[str] | None, mine: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[Callable[[int], np.ndarray], Callable[[int], None] | None]:  # fmt: skip
     """(rows of the global batch of a step, what to ask the system for before a step is read)."""
     n = len(bank)
@@ -76,7 +71,7 @@ def _plan(
 
         if bank.fits_memory:  # the system reads ahead by itself
             return stored, None
-        return stored, lambda step: bank.will_need(stored(step + distance), columns)
+        return stored, lambda step: bank.will_need(mine(stored(step + distance)), columns)
     if shuffle == "random":
         order = orders.random_order(n, seed, epoch)
 
@@ -84,7 +79,7 @@ def _plan(
             return order[step * size : (step + 1) * size]
 
         # rows in memory need no announcement, and it costs a system call per row
-        return rows, None if bank.fits_memory else lambda step: bank.will_need(rows(step + 1), columns)
+        return rows, None if bank.fits_memory else lambda step: bank.will_need(mine(rows(step + 1)), columns)
     if shuffle != "blocks":
         raise UsageError("stream: shuffle", got=shuffle, allowed=[*SHUFFLES, "None (stored order)"])
     order = BlockOrder(n=n, seed=seed, epoch=epoch, block=bank.block_rows if block is None else block, window=window)

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--memory", type=float, default=2.0, help="hard limit of each child in GiB")
     parser.add_argument("--cores", type=int, default=2, help="cores that a child may use")
     parser.add_argument("--batch", type=int, default=128, help="images per random batch")
-    parser.add_argument("--seconds", type=float, default=60.0, help="longest time of each reading phase")
+    parser.add_argument("--seconds", type=float, default=120.0, help="longest time of each reading phase")
     parser.add_argument("--work", type=Path, default=None, help="empty folder for the bank, kept (default: temporary)")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
     parser.add_argument("--phase", default=None, help=argparse.SUPPRESS)
@@ -194,8 +194,10 @@ def _warm(args: argparse.Namespace) -> dict[str, Any]:
     return {**_read(args, None, limit), "mapped_bytes": limit}
 
 
-def _read(args: argparse.Namespace, shuffle: str | None, mapped_bytes: int | None = None) -> dict[str, Any]:
-    """Batches in random order (`batch`) or as a stream in block order; every pixel and label compared."""
+def _read(
+    args: argparse.Namespace, shuffle: Literal["random", "blocks"] | None, mapped_bytes: int | None = None
+) -> dict[str, Any]:
+    """Batches in random order (`batch`), or a stream in random or block order; every pixel and label compared."""
     from synthkit.bank import Bank
 
     bank = Bank(args.work / "bank", mapped_bytes=mapped_bytes)
@@ -203,8 +205,8 @@ def _read(args: argparse.Namespace, shuffle: str | None, mapped_bytes: int | Non
         order = bank.order(0, 1)
         batches = (bank.batch(order[at : at + args.batch]) for at in range(0, len(bank), args.batch))
     else:
-        order = bank.block_order(0, 1)
-        batches = bank.stream(args.batch, seed=1, shuffle="blocks")
+        order = bank.block_order(0, 1) if shuffle == "blocks" else bank.order(0, 1)
+        batches = bank.stream(args.batch, seed=1, shuffle=shuffle)
     read, wrong, checking, started = 0, 0, 0.0, time.perf_counter()
     for found in batches:
         begun = time.perf_counter()
@@ -228,7 +230,8 @@ PHASES = {
     "write": _write,
     "verify": _verify,
     "read_random": lambda args: _read(args, None),
-    "read_blocks": lambda args: _read(args, "blocks"),
+    "stream_random": lambda args: _read(args, "random"),
+    "stream_blocks": lambda args: _read(args, "blocks"),
     "read_random_warm": _warm,
 }
 WARM = "read_random_warm"

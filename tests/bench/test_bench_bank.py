@@ -92,7 +92,7 @@ def test_million(tmp_path, capsys):
     assert main(["bench", "million", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] and set(found["phases"]) == set(million.PHASES)
-    for name in ("read_random", "read_blocks", "read_random_warm"):
+    for name in ("read_random", "stream_random", "stream_blocks", "read_random_warm"):
         phase = found["phases"][name]
         assert phase["images"] == 3000 and phase["wrong"] == 0 and phase["whole_epoch"]
     for phase in found["phases"].values():
