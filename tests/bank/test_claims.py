@@ -297,6 +297,38 @@ def test_ctrl_c_while_waiting_leaves_no_claim(writer, monkeypatch):
     assert [h.path.name for h in read_claims(writer.path)] == ["feed.json"]
 
 
+def test_without_kernel_locks_the_pid_and_the_counter_decide(writer, patience, monkeypatch, capsys):
+    """A file system (or a system) that keeps no advisory locks."""
+    monkeypatch.setattr(lock, "fcntl", None)
+    nolock = "lock.fcntl = None\nlock.HEARTBEAT = 0.05\n"
+    with child(BEGIN + nolock + HOLD.format(shards="None"), writer.path) as holder:
+        with pytest.raises(BankBusyError, match=f"pid {holder.pid} "), writer.lock():
+            pytest.fail("the body must not run")
+        holder.kill()
+        holder.wait()
+        capsys.readouterr()
+        with writer.lock():
+            assert capsys.readouterr().err == ""  # the pid is gone: no waiting
+    same = {"boot": lock._boot_id(), "namespace": lock._namespace()}
+    plant(writer, pid=os.getppid(), host=storage.host(), **same)  # a living process has got the dead holder's pid
+    with writer.lock():
+        assert "taken over" in capsys.readouterr().err
+
+
+def test_a_run_that_stands_still_while_it_claims_is_said(writer, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(lock, "MUTEX_WAIT", 0.2)
+    with writer.lock():
+        pass
+    with open(writer.path / "state" / "lock", "rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(BankBusyError, match="claiming this bank for.*suspended"), writer.claim([0]):
+            pytest.fail("the body must not run")
+    with writer.claim([0]):
+        pass
+    assert read_claims(writer.path) == []
+
+
 RACER = """
 import numpy as np
 writer.write_shard(1, {"images": np.full((10, 3, 6, 5), 9, np.uint8), "labels": np.zeros(10, int)})
