@@ -149,7 +149,15 @@ class _Job:
         if labels is None:
             return f"{'live' if self.task.live else 'stored'} logits"
         kept = "all logits" if labels.spec.top_k is None else f"top {labels.spec.top_k}"
-        return f"label set {labels.name} ({len(labels):,} {labels.kind}, {kept})"
+        return f"label set {labels.name} ({len(labels):,} {labels.kind}, {kept}, {format_bytes(labels.nbytes)})"
+
+    def sizes(self) -> dict[str, Any]:
+        """Bytes of the images and of the labels that a student of a label set was given: both count as its data."""
+        labels = self.task.labels
+        if labels is None:
+            return {}
+        images = sum(s.n for s in self.task.bank.sidecars) * self.task.bank.spec.image_bytes
+        return {"label_set": labels.name, "image_bytes": images, "label_bytes": labels.nbytes}
 
     # --- parts --------------------------------------------------------------------------------------------------------
 
@@ -334,7 +342,7 @@ class _Job:
             "protocol": task.protocol,
             "images": images,
             "fresh": 0.0 if control else task.fresh,
-            **({"label_set": cfg.label_set} if cfg.label_set is not None and not control else {}),
+            **({} if control else self.sizes()),
             "holdout_images": len(task.held),
             "eval_data": cfg.eval_data,
         }

@@ -72,6 +72,8 @@ def relabel(cfg: RelabelConfig) -> LabelSet:
         runtime_config = replace(runtime_config, precision="fp32")
     runtime = Runtime.create(runtime_config)
     task.teacher.to(runtime.device, channels_last=runtime.channels_last)
+    if runtime.config.compile:
+        task.teacher.module.compile()
     job = _Job(task, runtime)
     mine = shards_of(task.worker, task.spec.shards)
     missing = len(mine)

@@ -295,3 +295,26 @@ def test_a_claim_taken_over_stops_the_writer(bank):
         held.path.unlink()
         fill(writer, [0])
     assert not list((bank / "labels" / "a").glob("*.h5"))
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_full_disk_leaves_no_half_shard(bank, monkeypatch, step):
+    import errno
+
+    from synthkit.bank import commit
+    from synthkit.errors import StorageError
+
+    writer, original, count = LabelWriter.create(bank, "a", spec_of(bank)), commit.publish, [0]
+
+    def publish(path, *args, **options):
+        count[0] += 1
+        if count[0] == step + 1:
+            raise OSError(errno.ENOSPC, "full")
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(commit, "publish", publish)
+    with pytest.raises(StorageError, match="labels shard 0.*the disk is full"):
+        fill(writer, [0])
+    assert writer.committed() == [] and not list((bank / "labels" / "a").glob("0*"))
+    fill(writer)
+    assert verify(bank, deep=True).problems == {} and Bank(bank).labels("a").complete

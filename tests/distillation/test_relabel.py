@@ -299,8 +299,9 @@ def test_a_student_learns_from_views_and_resumes_exactly(bank, tmp_path, monkeyp
     relabel(fkd(bank, views=4, mix="none", crop_scale=(0.6, 1.0), flip=0.0))
     result = distill(student_config(bank, tmp_path / "whole", epochs=12))
     said = capfd.readouterr().err
-    assert "augment none" in said and "label set fkd (768 views, all logits)" in said and "left out" in said
+    assert "augment none" in said and "label set fkd (768 views, all logits, " in said and "left out" in said
     assert "they are read" in said  # 12 epochs of 4 stored ones
+    assert result.metrics["image_bytes"] == 192 * 1024 and result.metrics["label_bytes"] > 768 * 45
     assert result.metrics["label_set"] == "fkd" and result.metrics["holdout_agreement"] > 0.6
 
     class Stopped(Exception):
