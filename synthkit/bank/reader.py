@@ -175,7 +175,7 @@ class Bank:
             columns: what to read; none reads all that the bank has but origin_seed and images_f16.
             out: arrays to read into, by column: of the column's dtype, C-contiguous, with at least as many rows as
                 `indices`; the batch then holds their first rows. For buffers that are used again, e.g. pinned ones
-                (`tensor.numpy()`). Columns without one get fresh arrays.
+                (`tensor.numpy()`); ordinary ones are no faster than fresh arrays. Columns without one get those.
 
         Raises:
             BankIndexError: an index is out of range or no integer.
