@@ -64,8 +64,8 @@ def _space_rows(result: dict[str, Any], space: dict[str, Any]) -> list[tuple[str
             interval = f"95 % interval {member['low']:.4f} to {member['high']:.4f}"
         rows.append(
             ("membership", f"AUC {member['auc']:.4f} ({interval}; p {member['p']:.2g}); 0.5 is no signal: "
-             f"{member['share']:.1%} of the nearest real images are training images, by chance {member['by_chance']:.1%} "
-             f"({member['train']:,} training, {member['holdout']:,} hold-out images)")
+             f"{member['share']:.1%} of the nearest real images are training images, by chance "
+             f"{member['by_chance']:.1%} ({member['train']:,} training, {member['holdout']:,} hold-out images)")
         )  # fmt: skip
     return rows
 

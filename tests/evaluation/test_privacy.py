@@ -159,6 +159,14 @@ def test_few_copies_of_many_training_images_show_in_membership(tmp_path):
     assert member["auc"] == 1.0 == member["low"] and member["p"] < 0.001
 
 
+def test_a_holdout_that_is_nearer_than_chance_is_told(tmp_path):
+    train, held = pictures(400, 0), pictures(400, 1)
+    made = np.clip(held[:200].astype(int) + np.random.default_rng(2).normal(0, 3, (200, 1, 12, 12)).round(), 0, 255)
+    result = run(bank_of(tmp_path / "b", made.astype(np.uint8)), train, held)
+    assert result["spaces"][0]["membership"]["high"] < 0.5 and result["verdict"]["level"] == "nothing found"
+    assert any("nearer to the hold-out than chance" in note for note in result["notes"])
+
+
 def test_membership_by_hand():
     """Five bank images, three nearest to training: odds 3 / 2, times M / N = 2 / 6, is 1 / 2."""
     gaps = np.array([[1.0], [1.0], [1.0], [3.0], [3.0]])
