@@ -333,7 +333,12 @@ class Bank:
         return verify(self.path, deep=deep)
 
     def _checked(self, indices: Iterable[int] | np.ndarray) -> np.ndarray:
-        rows = np.asarray(indices if isinstance(indices, (np.ndarray, list, tuple, range)) else list(indices))
+        try:
+            rows = np.asarray(indices if isinstance(indices, (np.ndarray, list, tuple, range)) else list(indices))
+        except (TypeError, ValueError, OverflowError) as error:  # ragged lists, things that are no numbers
+            raise BankIndexError(
+                "batch: indices must be a flat list of integers", got=type(indices).__name__
+            ) from error
         if rows.size == 0:
             return np.zeros(0, dtype=np.int64)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":

@@ -20,7 +20,8 @@ from .forge import edit_json, small_bank
 PAYLOADS = [
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",
     "](javascript:alert(1))",
-    "</td></table><iframe src=//evil>", "| a | b |\n|---|---|", "\x1b]0;owned\x07\x1b[31mred\x1b[2J", "=cmd|' /C calc'!A0",
+    "</td></table><iframe src=//evil>", "| a | b |\n|---|---|",
+    "\x1b]0;owned\x07\x1b[31mred\x1b[2J", "=cmd|' /C calc'!A0",
     "+1+1", "-2+3", "@SUM(A1)", "\t=1+1", "\u202eexe.gpj", "---\nlicense: mit\ntags: [x]\n---", "${{ secrets.X }}",
     "`rm -rf`", "```\n# heading", "{{ 7*7 }}", "<!-- x -->", "&lt;b&gt;", "\r\nSet-Cookie: x", "<svg/onload=alert(1)>",
     "﻿=1+1", "＝1+1", "a\u2028b", "![x](http://evil/t.png)", "<style>*{display:none}</style>", "!!python/name:os.system",

@@ -21,10 +21,12 @@ from .forge import nothing_written, small_bank
 
 NAMES = [
     "../x", "../../../../tmp/synthkit-escaped", "/etc/passwd", "..", ".", "", " ", "a/b", "a\\b", "C:\\x", "C:", "CON",
-    "nul", "COM1.txt", "LPT1", "aux.", "x" * 500, "é" * 250, "cafe\u0301", "caf\u00e9", "cat", "CAT", "Cat", "a\0b", "a\nb",
+    "nul", "COM1.txt", "LPT1", "aux.", "x" * 500, "é" * 250, "cafe\u0301", "caf\u00e9", "cat", "CAT", "Cat",
+    "a\0b", "a\nb",
     "~", "~root", "$HOME", "`id`", "-rf", "--out", "*", "?", "x.", "x ", ".hidden", "a:b", "file::$DATA",
     "\u202egpj.exe",
-    "\u200b", "ﬁ", "fi", "🎉", "ｃｏｎ", "train", "test", "val", "unlabelled", "labels.csv", "synthkit.json", "README.md",
+    "\u200b", "ﬁ", "fi", "🎉", "ｃｏｎ", "train", "test",
+    "val", "unlabelled", "labels.csv", "synthkit.json", "README.md",
 ]  # fmt: skip
 
 
