@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank.errors import BankBusyError
+from synthkit.bank.ranges import as_ranges, describe, overlap
 from synthkit.bank.storage import clean_stale_temps, host, make_folder, names_in, pid_alive, storage_errors, temp_path
-from synthkit.errors import StorageError, UsageError
+from synthkit.errors import StorageError
 
 try:
     import fcntl
@@ -102,7 +103,7 @@ class Claim:
             return
         if not any((self.bank / record).exists() for record in ("bank.json", "labels.json")):  # a label set has claims
             raise StorageError(f"{self.bank}: the bank's folder vanished while the run was writing")
-        heirs = [h.name for h in read_claims(self.bank) if _overlap(self.shards, h.shards)]
+        heirs = [h.name for h in read_claims(self.bank) if overlap(self.shards, h.shards)]
         taker = f"by {heirs[0]}" if heirs else "by a run that has ended since"
         raise BankBusyError(
             f"{self.bank}: the claim on {self.label} was taken over {taker} while this process stood still",
@@ -199,7 +200,7 @@ def claim(
                 if mine._thread is None:
                     mine.publish()
                 others = [h for h in read_claims(bank) if h.path != mine.path]
-                rivals = [h for h in others if _overlap(mine.shards, h.shards)]
+                rivals = [h for h in others if overlap(mine.shards, h.shards)]
                 for holder in others:
                     if holder not in rivals and holder.on_this_machine and _probe(holder.path) == "free":
                         holder.path.unlink(
@@ -364,46 +365,3 @@ def _namespace() -> str | None:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
         return None
-
-
-# --- ranges --------------------------------------------------------------------------------------------------------
-
-
-def as_ranges(shards: Sequence[int]) -> tuple[range, ...]:
-    """`shards` as few ranges. Raises `UsageError` for negative numbers."""
-    if isinstance(shards, range):
-        return (shards,) if len(shards) else ()
-    numbers = sorted(set(shards))
-    if numbers and numbers[0] < 0:
-        raise UsageError("claim: shards are numbered from 0", got=numbers[0])
-    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
-    if len(numbers) > 1 and len(steps) == 1:
-        return (range(numbers[0], numbers[-1] + 1, steps.pop()),)
-    rows: list[range] = []
-    for number in numbers:
-        if rows and rows[-1].stop == number:
-            rows[-1] = range(rows[-1].start, number + 1)
-        else:
-            rows.append(range(number, number + 1))
-    return tuple(rows)
-
-
-def describe(parts: tuple[range, ...]) -> str:
-    """ "shards 2, 10, ... (3/8)" or "shards 0-4, 7"."""
-    if len(parts) == 1 and parts[0].step > 1 and len(parts[0]) > 1:
-        first, step = parts[0].start, parts[0].step
-        end = f" (that is {first + 1}/{step})" if first < step else ""
-        return f"shards {first}, {first + step}, ... {parts[0][-1]}{end}"
-    words = [str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in parts[:8]]
-    return f"shards {', '.join(words) or '(none)'}" + (", ..." if len(parts) > 8 else "")
-
-
-def _overlap(a: tuple[range, ...] | None, b: tuple[range, ...] | None) -> bool:
-    if a is None or b is None:
-        return True
-    return any(_meet(x, y) for x in a for y in b)
-
-
-def _meet(a: range, b: range) -> bool:
-    small, large = (a, b) if len(a) <= len(b) else (b, a)
-    return any(i in large for i in small)
