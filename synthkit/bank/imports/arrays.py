@@ -144,10 +144,12 @@ def source_from_arrays(
     mean, std = options.mean, options.std
     mean = mean or number_list(arrays, "mean", what) or (own or {}).get("mean")
     std = std or number_list(arrays, "std", what) or (own or {}).get("std")
+    size = options.size or shape
     for key, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) != shape[0]:
+        if value is not None and len(value) not in (shape[0], size[0]):
             raise DataError(f"{what}: images have {shape[0]} channels, {key} has {len(value)} numbers")
-    meaning = meaning_of(images, axes, options, what, mean, std)
+    theirs = mean is not None and std is not None and len(mean) == len(std) == shape[0]  # else of the resized images
+    meaning = meaning_of(images, axes, options, what, mean if theirs else None, std if theirs else None)
     labels = None if "labels" not in columns else read_labels(columns["labels"], count, what)
     if labels is not None and own is not None and own["files"].get("labels") == "logits":
         labels.form = "logits"  # whatever their numbers look like
@@ -159,7 +161,6 @@ def source_from_arrays(
         labels.rename(names, what)
     rates = [r for key in RATE_KEYS for r in number_list(arrays, key, what) or []]
     columns = _usable(columns, shape, num_classes, what)
-    size = options.size or shape
     extra = FloatColumn(columns, meaning, size == shape)
     transform, facts = extra.transform, {"kind": "affine"}
     if own is not None and (extra.column or "images_f16" in columns):
@@ -175,7 +176,8 @@ def source_from_arrays(
         kind=kind, name=name, count=count, shape=size, num_classes=num_classes, class_names=names,
         label_kind="none" if labels is None else labels.kind, rows=rows,
         top_k=columns["topk_index"].shape[1] if "topk_index" in columns else None,
-        transform=transform, transform_facts=facts, mean=mean, std=std, own=own, notes=notes,
+        transform=transform, transform_facts=facts, own=own, notes=notes,
+        mean=mean if mean and len(mean) == size[0] else None, std=std if std and len(std) == size[0] else None,
         learning_rate=rates[0] if rates else None,
     )  # fmt: skip
 

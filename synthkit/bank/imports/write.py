@@ -28,8 +28,9 @@ def plan(source: Source, options: ImportOptions) -> BankSpec:
     own = source.own or {}
     source.learning_rate = source.learning_rate if source.learning_rate is not None else own.get("learning_rate")
     channels = source.shape[0]
-    mean = options.mean or source.mean or own.get("mean")
-    std = options.std or source.std or own.get("std")
+    theirs = own if own and len(own["mean"]) == channels else {}  # --size may change the channels
+    mean = options.mean or source.mean or theirs.get("mean")
+    std = options.std or source.std or theirs.get("std")
     if mean is None or std is None:
         mean, std = [0.5] * channels, [0.5] * channels
         source.notes.append(NO_STATS)
