@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,26 @@ def test_headers_tell_neither_time_nor_owner(tmp_path):
     make(tmp_path / "b")
     out = export(tmp_path / "b", "webdataset", tmp_path / "o")
     with tarfile.open(out / "bank-000000.tar") as tar:
-        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in tar} == {(0, 0, 0, "", "")}
+        members = list(tar)
+    assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode, m.type) for m in members} == {
+        (0, 0, 0, "", "", 0o644, tarfile.REGTYPE)
+    }
+    assert [m.name for m in members[:4]] == [f"00000000.{e}" for e in ("png", "cls", "json", "logits.npy")]
+
+
+def test_the_standard_library_would_have_written_the_same_headers(tmp_path):
+    make(tmp_path / "b", images=3)
+    data = (export(tmp_path / "b", "webdataset", tmp_path / "o") / "bank-000000.tar").read_bytes()
+    theirs = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(data)) as tar,
+        tarfile.open(fileobj=theirs, mode="w", format=tarfile.USTAR_FORMAT) as again,
+    ):
+        for member in tar:
+            fresh = tarfile.TarInfo(member.name)
+            fresh.size = member.size
+            again.addfile(fresh, tar.extractfile(member))
+    assert theirs.getvalue()[: len(data)] == data  # theirs is filled up with zeros to 10 KiB
 
 
 def test_without_labels_and_one_image(tmp_path):
