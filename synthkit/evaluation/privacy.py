@@ -90,8 +90,8 @@ def audit(
     for space in result["spaces"]:
         member = space["membership"]
         if member is not None and member["p"] >= LEVEL:
-            notes.append(f"in {space['features']['name']} the bank is nearer to the hold-out than chance: the hold-out is "
-                         "not quite of the training images' distribution, which can hide a weak signal")  # fmt: skip
+            notes.append(f"in {space['features']['name']} the bank is nearer to the hold-out than chance: the hold-out "
+                         "is not quite of the training images' distribution, which can hide a weak signal")  # fmt: skip
     result["pairs"] = _pairs(result["spaces"], copied)
     result["verdict"] = verdict(result)
     return result | {"notes": notes, "seconds": round(time.monotonic() - began, 2)}
