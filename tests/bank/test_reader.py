@@ -7,11 +7,12 @@ import pickle
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from synthkit.bank import Bank, BankIndexError, BankNotFoundError, BankWriter
+from synthkit.bank import Bank, BankIndexError, BankNotFoundError, BankWriter, pread
 from synthkit.bank.gather import RowGather
 from synthkit.bank.make import bank_from_arrays, noise_images
 from synthkit.errors import BankError, OutputExistsError, UsageError
@@ -210,17 +211,33 @@ def test_a_file_cut_while_it_is_read_is_an_error(tmp_path):
 
 def test_many_shards_need_few_descriptors(tmp_path):
     resource = pytest.importorskip("resource")
-    make_bank(tmp_path / "b", images=200, images_per_shard=1, seed=1)
+    make_bank(tmp_path / "b", images=100, images_per_shard=1, seed=1)
     used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 90, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 80, hard))
     try:
         for mode in MODES:
             bank = opened(tmp_path / "b", mode)
-            rows = np.random.default_rng(0).permutation(200)
+            rows = np.random.default_rng(0).permutation(100)
             assert np.array_equal(bank.batch(rows).images, whole(bank.spec, "images")[rows])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_share_a_bank(tmp_path, mode, monkeypatch):
+    """More shards than descriptors are kept open: a file may be closed for one thread while another reads it."""
+    monkeypatch.setattr(pread, "MAX_OPEN", 2)
+    make_bank(tmp_path / "b")
+    bank, images = opened(tmp_path / "b", mode), whole(make_spec(), "images")
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        batches = [rng.integers(0, 53, 20) for _ in range(60)]
+        return all(np.array_equal(bank.batch(rows, ("images",)).images, images[rows]) for rows in batches)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(read, range(12)))
 
 
 def test_maps_stay_within_the_limit(tmp_path):
