@@ -161,11 +161,15 @@ def source_from_arrays(
         labels.rename(names, what)
     rates = [r for key in RATE_KEYS for r in number_list(arrays, key, what) or []]
     columns = _usable(columns, shape, num_classes, what)
+    if size != shape and columns.pop("images_f16", None) is not None:
+        resized = ["--size: the float pixels (images_f16) are left out"]
+    else:
+        resized = []
     extra = FloatColumn(columns, meaning, size == shape)
     transform, facts = extra.transform, {"kind": "affine"}
     if own is not None and (extra.column or "images_f16" in columns):
         transform, facts = _own_transform(arrays, own, what)
-    notes = [*(labels.notes if labels else []), *extra.notes]
+    notes = [*(labels.notes if labels else []), *resized, *extra.notes]
 
     def rows() -> Iterator[Rows]:
         step = chunk_rows(4 * math.prod(shape))

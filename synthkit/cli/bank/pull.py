@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 
 from synthkit.bank.hub import parse_repo
 from synthkit.cli.arguments import Arguments, print_json
 from synthkit.cli.bank.common import clean
+from synthkit.cli.bank.transfer import transfer
 
 
 def configure(parser: Arguments) -> None:
@@ -24,11 +24,9 @@ def run(args: Namespace) -> int:
     """Pull and say what came."""
     from synthkit.bank.hub_pull import pull
 
-    def said(text: str) -> None:
-        print(clean(text), file=sys.stderr, flush=True)
-
     repo = parse_repo(args.repo, args.revision)
-    done = pull(repo, args.out, expect=args.expect, labels=not args.no_labels, said=said)
+    with transfer("pull") as (said, progress):
+        done = pull(repo, args.out, expect=args.expect, labels=not args.no_labels, said=said, progress=progress)
     if args.json:
         print_json({"repo": done.repo, "commit": done.commit, "seal": done.seal, "files": done.files,
                     "bytes": done.bytes, "fetched": done.fetched, "left_out": done.left_out,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from dataclasses import asdict
 
 from synthkit.bank.hub import parse_repo
 from synthkit.cli.arguments import Arguments, print_json
 from synthkit.cli.bank.common import clean
+from synthkit.cli.bank.transfer import transfer
 
 
 def configure(parser: Arguments) -> None:
@@ -26,11 +26,10 @@ def run(args: Namespace) -> int:
     """Push and say how to pull it again."""
     from synthkit.bank.hub_push import push
 
-    def said(text: str) -> None:
-        print(clean(text), file=sys.stderr, flush=True)
-
     repo = parse_repo(args.repo, args.revision)
-    done = push(args.bank, repo, private=args.private, message=args.message, replace=args.replace, said=said)
+    with transfer("push") as (said, progress):
+        done = push(args.bank, repo, private=args.private, message=args.message, replace=args.replace, said=said,
+                    progress=progress)  # fmt: skip
     if args.json:
         print_json(asdict(done))
         return 0

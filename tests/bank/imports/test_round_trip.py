@@ -180,3 +180,12 @@ def test_malformed_records_are_typed_errors(tmp_path, change):
     with pytest.raises(DataError):
         import_bank(out, tmp_path / "back")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bank", "out"]
+
+
+def test_another_size_of_an_export(tmp_path):
+    """Pixels of another size have no float version, no transform and perhaps other channels; the rest stays."""
+    bank = distilled(tmp_path / "bank")
+    _, out = exported(tmp_path, "npz", bank=True)
+    back = import_bank(out, tmp_path / "back", options=ImportOptions(size=(1, 4, 4)))
+    assert back.shape == (1, 4, 4) and not back.has("images_f16") and back.spec.transform == {} and back.mean == [0.5]
+    assert np.array_equal(back.column("logits"), bank.column("logits")) and back.verify(deep=True).ok
