@@ -209,3 +209,16 @@ def test_size_is_checked_when_a_bank_is_opened_for_reading(bank):
         opened.column("images")
     with pytest.raises(BankError, match=r"00001\.h5"):
         opened.batch([0])
+
+
+@pytest.mark.parametrize("cut", [0, 100, 700])
+def test_a_shard_that_is_cut_while_it_is_read(bank, cut):
+    """By somebody else, after it was opened: `mapped=False` makes that a typed error (a map would end in SIGBUS)."""
+    opened = Bank(bank, mapped=False)
+    honest = opened.batch([0, 15]).images
+    shard = BankWriter(bank).shard_path(1)
+    with open(shard, "r+b") as file:
+        file.truncate(cut)
+    with pytest.raises(BankError, match=r"00001\.h5"):
+        opened.batch(range(10, 20))
+    assert honest is not None and np.array_equal(opened.batch([0]).images, honest[:1])  # the other shard still reads
