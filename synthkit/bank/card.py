@@ -313,12 +313,13 @@ def _results(run: Mapping[str, Any] | None) -> list[str]:
     if not run or not isinstance(student, Mapping):
         return []
     config = run.get("config")
+    data = config.get("eval_data") if isinstance(config, Mapping) else None
     rows = {
         "student trained along with it, top-1": _percent(student.get("test_top1")),
         "teacher, top-1": _percent(student.get("teacher_top1")),
         "agreement of the two": _percent(student.get("test_agreement")),
         "test images": student.get("test_n"),
-        "test data": config.get("eval_data") if isinstance(config, Mapping) else None,
+        "test data": data.partition(":")[0] if isinstance(data, str) else None,  # a path tells of a machine, not a bank
     }
     shown = _table(rows)
     note = "Measured once, on real test data that took no part in the making (run.json)."

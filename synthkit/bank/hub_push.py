@@ -126,7 +126,8 @@ def _sealed(bank: Bank) -> dict[str, Any]:
 
 def bank_files(bank: Bank, manifest: dict[str, Any], sets: list[str]) -> list[LocalFile]:
     """Every file of the sealed bank and of the label sets `sets` that belongs on the Hub, the manifest last."""
-    text = card.render(bank.spec, bank.record, bank.sidecars, manifest["root"], seal=manifest.get("seal"))
+    text = card.render(bank.spec, bank.record, bank.sidecars, manifest["root"], seal=manifest.get("seal"),
+                       results=card.run_record(bank.path))  # fmt: skip
     data = text.encode()
     names: list[str] = []
     for sidecar in bank.sidecars:

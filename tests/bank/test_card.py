@@ -149,11 +149,12 @@ def test_results_of_the_run_come_on_the_card(tmp_path):
     path = make_bank(tmp_path / "b").path
     assert "## Results" not in (path / "README.md").read_text()
     student = {"test_top1": 0.9123, "teacher_top1": 0.9955, "test_n": 10000, "test_agreement": True}
-    (path / "run.json").write_text(json.dumps({"student": student, "config": {"eval_data": "mnist:DIR"}}))
+    (path / "run.json").write_text(json.dumps({"student": student, "config": {"eval_data": "mnist:/home/me"}}))
     sealed = (path / "manifest.json").read_bytes()
     refresh_card(path)
     body = (path / "README.md").read_text()
     assert "91.23 %" in body and "99.55 %" in body and "10000" in body and "agreement" not in body
+    assert "| test data | mnist |" in body and "/home/me" not in body
     assert (path / "manifest.json").read_bytes() == sealed and Bank(path).verify().ok
     (path / "run.json").write_text("{not json")
     refresh_card(path)
