@@ -96,7 +96,8 @@ def check(raw: dict[str, Any], where: str) -> dict[str, Any]:
     found |= {key: plan.get(key) for key in ("seed", "images_per_shard")}
     found["files"] = _object(raw, "files", where)
     rate = raw.get("learning_rate")
-    found["learning_rate"] = float(rate) if isinstance(rate, float) or _is_int(rate, 0, 1 << 53) else None
+    usable = isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1 << 53
+    found["learning_rate"] = float(rate) if isinstance(rate, (int, float)) and usable else None
     found |= {key: _object(record, key, where) for key in ("recipe", "teacher", "extra")}
     sides, names = found["shape"], found["class_names"]
     checks = {
