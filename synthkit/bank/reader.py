@@ -326,11 +326,12 @@ class Bank:
 
         return info(self)
 
-    def verify(self, deep: bool = False) -> VerifyReport:
-        """Check every file of the bank against its record; `deep` looks at the values too."""
+    def verify(self, deep: bool = False, untrusted: bool = False) -> VerifyReport:
+        """Check every file of the bank against its record; `deep` looks at the values too, `untrusted` parses in a
+        child process with limits (`sandbox`)."""
         from synthkit.bank.verify import verify
 
-        return verify(self.path, deep=deep)
+        return verify(self.path, deep=deep, untrusted=untrusted)
 
     def _checked(self, indices: Iterable[int] | np.ndarray) -> np.ndarray:
         try:
