@@ -141,20 +141,11 @@ def source_from_arrays(
     axes = "nchw" if own else axes_of(images.shape, options, what)
     shape = _shape(images.shape, axes)
     require_fit(own, count, shape, what)
-    mean, std = options.mean, options.std
-    mean = mean or number_list(arrays, "mean", what) or (own or {}).get("mean")
-    std = std or number_list(arrays, "std", what) or (own or {}).get("std")
     size = options.size or shape
-    for key, value in (("mean", mean), ("std", std)):
-        if value is not None and len(value) not in (shape[0], size[0]):
-            raise DataError(f"{what}: images have {shape[0]} channels, {key} has {len(value)} numbers")
+    mean, std = _normalisation(arrays, options, own, (shape[0], size[0]), what)
     theirs = mean is not None and std is not None and len(mean) == len(std) == shape[0]  # else of the resized images
     meaning = meaning_of(images, axes, options, what, mean if theirs else None, std if theirs else None)
-    labels = None if "labels" not in columns else read_labels(columns["labels"], count, what)
-    if labels is not None and own is not None and own["files"].get("labels") == "logits":
-        labels.form = "logits"  # whatever their numbers look like
-    if labels is None and not options.unlabelled and (own or {}).get("label_kind") != "none":
-        raise unlabelled_error(what)
+    labels = _labels(columns, options, own, what)
     names = class_names or text_list(arrays, "class_names", what) or (labels.names if labels else None)
     num_classes, names = _classes(what, labels, columns, names, options, own)
     if labels is not None and labels.names is not None and names is not None:
@@ -184,6 +175,38 @@ def source_from_arrays(
         mean=mean if mean and len(mean) == size[0] else None, std=std if std and len(std) == size[0] else None,
         learning_rate=rates[0] if rates else None,
     )  # fmt: skip
+
+
+def _normalisation(
+    arrays: Mapping[str, Column],
+    options: ImportOptions,
+    own: dict[str, Any] | None,
+    channels: tuple[int, int],
+    what: str,
+) -> tuple[list[float] | None, list[float] | None]:
+    """(mean, std) as the user, the file or our own record says; of the stored images or of the resized ones."""
+    found = []
+    for key, said in (("mean", options.mean), ("std", options.std)):
+        value = said or number_list(arrays, key, what) or (own or {}).get(key)
+        if value is not None and len(value) not in channels:
+            raise DataError(f"{what}: images have {channels[0]} channels, {key} has {len(value)} numbers")
+        found.append(value)
+    return found[0], found[1]
+
+
+def _labels(columns: dict[str, Column], options: ImportOptions, own: dict[str, Any] | None, what: str) -> Labels | None:
+    """What the labels are; with --unlabelled they are dropped unread. Raises `DataError` where there are none."""
+    if options.unlabelled:
+        columns.pop("labels", None)
+        return None
+    if "labels" not in columns:
+        if (own or {}).get("label_kind") == "none":
+            return None
+        raise unlabelled_error(what)
+    labels = read_labels(columns["labels"], columns["images"].shape[0], what)
+    if own is not None and own["files"].get("labels") == "logits":
+        labels.form = "logits"  # whatever their numbers look like
+    return labels
 
 
 def _shape(shape: tuple[int, ...], axes: str) -> tuple[int, int, int]:

@@ -38,7 +38,8 @@ def plan(source: Source, options: ImportOptions) -> BankSpec:
         if len(value) != channels:
             raise UsageError(f"import: --{key} needs {channels} numbers, one per channel", got=value)
     contains_real, used = _real(own, options)
-    kind: LabelKind = source.label_kind if source.label_kind == "argmax" else own.get("label_kind", source.label_kind)
+    settled = source.label_kind in ("argmax", "none")
+    kind: LabelKind = source.label_kind if settled else own.get("label_kind", source.label_kind)
     if own.get("left_out"):
         source.notes.append(f"the export did not hold {', '.join(own['left_out'])} of the bank")
     if kind == "real" and not contains_real:

@@ -200,6 +200,10 @@ def test_images_without_labels(tmp_path):
         import_bank(tmp_path / "a.npz", tmp_path / "b")
     bank = import_bank(tmp_path / "a.npz", tmp_path / "b", options=ImportOptions(unlabelled=True, num_classes=7))
     assert bank.columns == ["images"] and bank.num_classes == 7 and bank.spec.label_kind == "none"
+    np.savez(tmp_path / "test.npz", x=PIXELS, y=np.full(23, -1))  # the unlabelled test part of many data sets
+    assert import_bank(tmp_path / "test.npz", tmp_path / "t", options=ImportOptions(unlabelled=True)).columns == [
+        "images"
+    ]
 
 
 def test_class_counts_must_fit(tmp_path):

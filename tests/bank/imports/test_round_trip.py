@@ -189,3 +189,10 @@ def test_another_size_of_an_export(tmp_path):
     back = import_bank(out, tmp_path / "back", options=ImportOptions(size=(1, 4, 4)))
     assert back.shape == (1, 4, 4) and not back.has("images_f16") and back.spec.transform == {} and back.mean == [0.5]
     assert np.array_equal(back.column("logits"), bank.column("logits")) and back.verify(deep=True).ok
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_taken_without_its_labels(tmp_path, format):
+    _, out = exported(tmp_path, format)
+    back = import_bank(out, tmp_path / "back", options=ImportOptions(unlabelled=True))
+    assert back.spec.label_kind == "none" and not back.has("labels") and len(back) == 53
