@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthkit.bank.storage import clean_stale_temps, host
+from synthkit.bank.disk.storage import clean_stale_temps, host
 from synthkit.config.schema import RuntimeConfig
 from synthkit.errors import ConfigError, RunError, StorageError
 

@@ -13,8 +13,8 @@ from synthkit.bank.errors import (
     BankMismatchError,
     BankNotFoundError,
 )
-from synthkit.bank.label_writer import LabelWriter
-from synthkit.bank.labels import LabelSet, LabelSpec
+from synthkit.bank.labels.sets import LabelSet, LabelSpec
+from synthkit.bank.labels.writer import LabelWriter
 from synthkit.bank.reader import Bank, BankBatch
 from synthkit.bank.spec import BankSpec
 from synthkit.bank.state import GeneratorRecord

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synthkit.bank.disk.storage import read_json
 from synthkit.bank.shard import Sidecar
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import read_json
 from synthkit.errors import BankError
 from synthkit.tables import methods
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.bank.card import licence_of, origin_line
-from synthkit.bank.labels import summaries
+from synthkit.bank.labels.sets import summaries
 from synthkit.bank.seal import read_manifest, root_hash
 
 if TYPE_CHECKING:

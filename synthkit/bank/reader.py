@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.bank import order, state
+from synthkit.bank import state
 from synthkit.bank.card import REAL_LABEL
-from synthkit.bank.columns import Rows, ShardColumns
 from synthkit.bank.errors import BankIndexError
-from synthkit.bank.labels import LabelSet, label_sets
+from synthkit.bank.labels.sets import LabelSet, label_sets
+from synthkit.bank.reading import order
+from synthkit.bank.reading.columns import Rows, ShardColumns
 from synthkit.bank.shard import COLUMNS, Sidecar, committed_shards, read_sidecar, shard_file
 from synthkit.bank.spec import BankSpec, read_record
 from synthkit.errors import BankError, UsageError
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from synthkit.bank.resident import ResidentBank
-    from synthkit.bank.verify import VerifyReport
+    from synthkit.bank.checking.verify import VerifyReport
+    from synthkit.bank.reading.resident import ResidentBank
 
 ON_REQUEST = ("origin_seed", "images_f16")  # columns that are read only when they are named
 
@@ -239,7 +240,7 @@ class Bank:
         Raises:
             UsageError: at once, for arguments that do not fit each other. BankError: as `batch`, from the iterator.
         """
-        from synthkit.bank.stream import stream
+        from synthkit.bank.reading.stream import stream
 
         return stream(
             self, batch_size, seed=seed, epoch=epoch, rank=rank, world=world, start=start, columns=columns,
@@ -281,7 +282,7 @@ class Bank:
         Raises:
             BankMemoryError: it does not fit; the message says what is needed and what is free.
         """
-        from synthkit.bank.resident import load
+        from synthkit.bank.reading.resident import load
 
         return load(self, device, columns)
 
@@ -329,7 +330,7 @@ class Bank:
     def verify(self, deep: bool = False, untrusted: bool = False) -> VerifyReport:
         """Check every file of the bank against its record; `deep` looks at the values too, `untrusted` parses in a
         child process with limits (`sandbox`)."""
-        from synthkit.bank.verify import verify
+        from synthkit.bank.checking.verify import verify
 
         return verify(self.path, deep=deep, untrusted=untrusted)
 

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank import card, migrate, state
-from synthkit.bank.shard import Sidecar, committed_shards, read_sidecar, shard_file
-from synthkit.bank.spec import SCHEMA, BankSpec, read_record
-from synthkit.bank.storage import (
+from synthkit.bank.disk.storage import (
     canonical_hash,
     clean_stale_temps,
     dump_json,
@@ -32,6 +30,8 @@ from synthkit.bank.storage import (
     storage_errors,
     sync_folder,
 )
+from synthkit.bank.shard import Sidecar, committed_shards, read_sidecar, shard_file
+from synthkit.bank.spec import SCHEMA, BankSpec, read_record
 from synthkit.errors import BankError
 
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from synthkit.bank import migrate
+from synthkit.bank.disk.storage import names_in, read_json
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import names_in, read_json
 from synthkit.errors import BankError, NonFiniteError, UsageError
 
 # name -> (stored dtype, what one row looks like). The allow-list: a reader refuses every other name and dtype.

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from synthkit.bank import migrate
+from synthkit.bank.disk.storage import canonical_hash, plain, read_json, require_bank
 from synthkit.bank.migrate import SCHEMA, newer_schema
-from synthkit.bank.storage import canonical_hash, plain, read_json, require_bank
 from synthkit.errors import BankError, ConfigError
 
 __all__ = ["LABEL_KINDS", "SCHEMA", "SHARD_BYTES", "BankSpec", "LabelKind", "differences", "newer_schema",

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.bank.storage import dump_json, names_in, publish, read_json, regular_size, storage_errors, sync_folder
+from synthkit.bank.disk.storage import (
+    dump_json,
+    names_in,
+    publish,
+    read_json,
+    regular_size,
+    storage_errors,
+    sync_folder,
+)
 from synthkit.errors import BankError, UsageError
 
 

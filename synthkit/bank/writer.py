@@ -13,12 +13,9 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import seal, state
-from synthkit.bank.commit import Beaten, commit, holds
-from synthkit.bank.errors import BankMismatchError
-from synthkit.bank.lock import Claim, claim
-from synthkit.bank.shard import SINCE, committed_shards, conform, encode, read_sidecar, shard_file, summary
-from synthkit.bank.spec import BankSpec, differences, read_record, record_of
-from synthkit.bank.storage import (
+from synthkit.bank.disk.commit import Beaten, commit, holds
+from synthkit.bank.disk.lock import Claim, claim
+from synthkit.bank.disk.storage import (
     clean_stale_temps,
     dump_json,
     host,
@@ -28,6 +25,9 @@ from synthkit.bank.storage import (
     storage_errors,
     sync_folder,
 )  # fmt: skip
+from synthkit.bank.errors import BankMismatchError
+from synthkit.bank.shard import SINCE, committed_shards, conform, encode, read_sidecar, shard_file, summary
+from synthkit.bank.spec import BankSpec, differences, read_record, record_of
 from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
 

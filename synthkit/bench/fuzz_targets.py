@@ -47,10 +47,10 @@ class Target:
 def build_bank(path: Path) -> None:
     """The bank that the targets stand on: every kind of part, all columns."""
     from synthkit.bank import BankSpec, BankWriter, state
-    from synthkit.bank.label_writer import LabelWriter
-    from synthkit.bank.labels import LabelSpec
-    from synthkit.bank.topk import compress_topk
-    from synthkit.bank.views import ViewDraw, ViewPolicy
+    from synthkit.bank.labels.sets import LabelSpec
+    from synthkit.bank.labels.topk import compress_topk
+    from synthkit.bank.labels.views import ViewDraw, ViewPolicy
+    from synthkit.bank.labels.writer import LabelWriter
 
     rng = np.random.default_rng(0)
     affine = {"scale": np.ones(1, "f4"), "shift": np.zeros(1, "f4")}
@@ -199,7 +199,7 @@ class Stage:
         return True
 
     def _labels(self, data: bytes) -> bool:
-        from synthkit.bank.labels import read_label_record
+        from synthkit.bank.labels.sets import read_label_record
 
         name = "views" if b'"views"' in data else "plain"
         self._swap(f"labels/{name}/labels.json", data)
@@ -245,7 +245,7 @@ class Stage:
     def _structure(self, data: bytes) -> bool:
         import h5py
 
-        from synthkit.bank.structure import check_datasets
+        from synthkit.bank.checking.structure import check_datasets
 
         file = self.scratch / "shard.h5"
         file.write_bytes(data)
@@ -265,7 +265,7 @@ class Stage:
         return True
 
     def _claim(self, data: bytes) -> bool:
-        from synthkit.bank.lock import read_claims
+        from synthkit.bank.disk.lock import read_claims
 
         (self.path / "state" / "claims").mkdir(exist_ok=True)
         file = self._swap("state/claims/x.json", data)

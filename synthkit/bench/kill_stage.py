@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from synthkit.bank import Bank
-from synthkit.bank.verify import verify
+from synthkit.bank.checking.verify import verify
 from synthkit.bench.kill_probe import Shared
 from synthkit.bench.known_rows import numbers_in, wrong_rows
 

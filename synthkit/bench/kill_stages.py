@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from synthkit.bank import Bank, BankWriter
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.verify import verify
 from synthkit.bank.export import FORMATS
 from synthkit.bank.imports import IMPORTERS
-from synthkit.bank.label_writer import LabelWriter
-from synthkit.bank.labels import LabelSpec
-from synthkit.bank.repair import repair
+from synthkit.bank.labels.sets import LabelSpec
+from synthkit.bank.labels.writer import LabelWriter
 from synthkit.bank.seal import seal
-from synthkit.bank.verify import verify
 from synthkit.bench.kill_probe import Shared
 from synthkit.bench.kill_stage import Finding, Stage, bank_finding, content, tree
 from synthkit.bench.kill_targets import targets

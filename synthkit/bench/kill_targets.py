@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from synthkit.bank import Bank, BankWriter
-from synthkit.bank.dedup import only_exact, write_kept
+from synthkit.bank.checking.verify import verify
 from synthkit.bank.export import export
 from synthkit.bank.imports import import_bank
-from synthkit.bank.merge import merge
-from synthkit.bank.verify import verify
+from synthkit.bank.joining.dedup import only_exact, write_kept
+from synthkit.bank.joining.merge import merge
 from synthkit.bench.kill_probe import Shared
 from synthkit.bench.kill_stage import Finding, Stage, content, tree
 from synthkit.bench.known_rows import SHARDS, columns_of, make_bank, spec_of

@@ -173,7 +173,7 @@ def _write(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    from synthkit.bank.verify import verify
+    from synthkit.bank.checking.verify import verify
 
     started = time.perf_counter()
     report = verify(args.work / "bank", deep=True)

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from synthkit.bank import Bank, LabelSet, LabelSpec, LabelWriter
-from synthkit.bank.label_spec import check_name, plan_rows_per_shard, set_path
-from synthkit.bank.stored import pixel_column
-from synthkit.bank.topk import compress_topk, tail_error
-from synthkit.bank.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
+from synthkit.bank.labels.spec import check_name, plan_rows_per_shard, set_path
+from synthkit.bank.labels.stored import pixel_column
+from synthkit.bank.labels.topk import compress_topk, tail_error
+from synthkit.bank.labels.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
 from synthkit.config.schema import RelabelConfig
 from synthkit.config.worker import shards_of, worker_of
 from synthkit.distillation.task import check_fits, teacher_facts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from synthkit.bank.order import BlockOrder
+from synthkit.bank.reading.order import BlockOrder
 from synthkit.data.augment import augment, check_policy
 from synthkit.distillation.contract import Batch
 from synthkit.distillation.stores import ResidentStore, Store, StreamedStore, bank_store, free_memory
@@ -104,7 +104,7 @@ class EasyToHard:
 class BlockShuffled:
     """For banks that are read from disk: blocks of neighbouring images in random order, shuffled inside windows.
 
-    How far this is from uniform is said in bank/order.py; with independent images nothing is lost.
+    How far this is from uniform is said in bank/reading/order.py; with independent images nothing is lost.
     """
 
     def __init__(self, bank: Bank, indices: np.ndarray, seed: int):

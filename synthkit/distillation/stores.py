@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from synthkit.bank.resident import free_memory
-from synthkit.bank.stored import StoredLogits, Targets, pixel_column
+from synthkit.bank.labels.stored import StoredLogits, Targets, pixel_column
+from synthkit.bank.reading.resident import free_memory
 from synthkit.distillation.contract import Batch
 
 if TYPE_CHECKING:

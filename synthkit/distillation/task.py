@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from synthkit.bank import Bank, LabelSet
-from synthkit.bank.hub import local_bank
-from synthkit.bank.stored import StoredLogits, has_logits, pixel_column
+from synthkit.bank.hub.common import local_bank
+from synthkit.bank.labels.stored import StoredLogits, has_logits, pixel_column
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthkit.bank.stored import StoredLogits
-from synthkit.bank.views import Views, apply_views
+from synthkit.bank.labels.stored import StoredLogits
+from synthkit.bank.labels.views import Views, apply_views
 from synthkit.distillation.contract import Batch
 from synthkit.distillation.stores import Store
 from synthkit.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import Bank
-from synthkit.bank.dedup import Duplicates, only_exact, with_near
+from synthkit.bank.joining.dedup import Duplicates, only_exact, with_near
 from synthkit.data.real import require_bytes
 from synthkit.errors import BankError, UsageError
 from synthkit.evaluation.features import FeatureSource, Images, features, sample

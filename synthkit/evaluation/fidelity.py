@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from synthkit.bank.stored import StoredLogits, has_logits, pixel_column
+from synthkit.bank.labels.stored import StoredLogits, has_logits, pixel_column
 from synthkit.errors import DataError
 from synthkit.evaluation.metrics import check_teacher, device_of, evaluating, unique_names
 from synthkit.logits import entropy_per_sample, kl_per_sample

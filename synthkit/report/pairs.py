@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from synthkit.bank.storage import require_free, staged
+from synthkit.bank.disk.storage import require_free, staged
 from synthkit.errors import UsageError
 from synthkit.report.grid import FAINT, INK, MARGIN, _cell, _font, _picture, _shorten
 

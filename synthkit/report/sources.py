@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank import Bank
-from synthkit.bank.storage import read_json
+from synthkit.bank.disk.storage import read_json
 from synthkit.errors import BankError, UsageError, nearest
 from synthkit.report.numbers import Figure, number
 

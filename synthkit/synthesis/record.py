@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from synthkit.bank.storage import clean_stale_temps
+from synthkit.bank.disk.storage import clean_stale_temps
 from synthkit.config.parse import config_to_dict
 from synthkit.config.schema import SynthesizeConfig
 from synthkit.errors import RunError, StorageError, SynthkitError
@@ -73,7 +73,7 @@ class RunRecord:
                 "seconds": seconds,
                 "cpu_seconds": sum(leg["cpu_seconds"] for leg in self._legs),
                 "steps_per_second": steps / max(seconds, 1e-9),
-                "resumed_from_shard": self._legs[-1]["from_shard"] or None,
+                "resumed_from_shard": (self._legs[-1]["from_shard"] or None) if self._legs else None,
                 "legs": self._legs,
                 "peak_memory_bytes": peak_memory(),
                 "warnings": self.warnings,

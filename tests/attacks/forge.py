@@ -15,7 +15,7 @@ from typing import Any
 from bank.banks import make_bank
 
 from synthkit.bank import Bank, BankWriter
-from synthkit.bank.verify import VerifyReport, verify
+from synthkit.bank.checking.verify import VerifyReport, verify
 from synthkit.errors import BankError
 
 SECRET = b"the secret of another user\n"

@@ -17,9 +17,9 @@ import atheris  # pyright: ignore[reportMissingImports]  # optional
 with atheris.instrument_imports(include=["synthkit.bank", "synthkit.config", "synthkit.bench.fuzz_targets"]):
     import synthkit.bank
     import synthkit.bank.card
+    import synthkit.bank.disk.lock
     import synthkit.bank.info
-    import synthkit.bank.label_writer
-    import synthkit.bank.lock
+    import synthkit.bank.labels.writer
     import synthkit.bank.seal
     import synthkit.config.safe_yaml  # noqa: F401 - what is imported here is instrumented
     from synthkit.bench.fuzz_targets import Stage, build_bank

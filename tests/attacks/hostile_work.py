@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from synthkit.bank.sandbox import Reporter
-from synthkit.bank.verify import Findings
+from synthkit.bank.checking.sandbox import Reporter
+from synthkit.bank.checking.verify import Findings
 
 
 def segfault(request: dict[str, Any], reporter: Reporter) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from synthkit.bank.checking.verify import verify
 from synthkit.bank.imports import import_bank
-from synthkit.bank.verify import verify
 from synthkit.data.specs import load_data
 from synthkit.errors import DataError, SynthkitError
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank, BankWriter
-from synthkit.bank.verify import verify
+from synthkit.bank.checking.verify import verify
 from synthkit.errors import BankError
 
 from .forge import assert_damaged, digest, edit_json, memory_bounded, read_all, small_bank, vouch

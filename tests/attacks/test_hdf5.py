@@ -13,8 +13,8 @@ import pytest
 from bank.banks import SHAPE, shard_arrays
 
 from synthkit.bank import Bank
-from synthkit.bank.sandbox import verify_untrusted
-from synthkit.bank.verify import verify
+from synthkit.bank.checking.sandbox import verify_untrusted
+from synthkit.bank.checking.verify import verify
 from synthkit.errors import BankError
 
 from .forge import SECRET, assert_damaged, memory_bounded, nothing_written, read_all, small_bank, unread, vouch

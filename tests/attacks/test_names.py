@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank
+from synthkit.bank.checking.verify import verify
 from synthkit.bank.export import export, formats
 from synthkit.bank.export.names import folder_names
 from synthkit.bank.imports import import_bank
-from synthkit.bank.verify import verify
 from synthkit.errors import SynthkitError
 
 from .forge import nothing_written, small_bank

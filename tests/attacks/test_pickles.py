@@ -164,7 +164,7 @@ def test_pickles_in_a_bank_are_never_opened(tmp_path, mark):
 
 
 def writer_verify(path: Path):
-    from synthkit.bank.verify import verify
+    from synthkit.bank.checking.verify import verify
 
     return verify(path, deep=True)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank, seal, state
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import dump_json, parse_json
 from synthkit.bank.errors import BankIndexError
 from synthkit.bank.shard import check_sidecar
 from synthkit.bank.spec import read_record
-from synthkit.bank.storage import dump_json, parse_json
-from synthkit.bank.verify import verify
 from synthkit.cli.bank.common import clean
 from synthkit.config import safe_yaml
 from synthkit.errors import BankError, ConfigError, UsageError

@@ -16,11 +16,11 @@ import pytest
 from bank.banks import make_spec
 
 from synthkit.bank import Bank, BankWriter
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import parse_json
 from synthkit.bank.errors import BankNotFoundError
-from synthkit.bank.repair import repair
 from synthkit.bank.spec import MAX_SHARDS, record_of
-from synthkit.bank.storage import parse_json
-from synthkit.bank.verify import verify
 from synthkit.cli.main import main
 from synthkit.errors import BankError, SynthkitError
 
@@ -391,7 +391,7 @@ def test_unreadable_files(bank):
     (bank / "state").chmod(0)
     code = (
         "import os, sys, json; os.geteuid() or (os.setgid(65534), os.setuid(65534));"
-        "from synthkit.bank.verify import verify; print(json.dumps(verify(sys.argv[1]).to_dict()))"
+        "from synthkit.bank.checking.verify import verify; print(json.dumps(verify(sys.argv[1]).to_dict()))"
     )
     for place in [bank, *bank.parents]:
         if place.stat().st_uid == os.geteuid() and place != Path("/"):

@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from synthkit.bank import sandbox
-from synthkit.bank.confine import Limits
+from synthkit.bank.checking import sandbox
+from synthkit.bank.checking.confine import Limits
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.sandbox import Budget, budget_of, verify_untrusted
+from synthkit.bank.checking.verify import VerifyReport, verify
 from synthkit.bank.errors import BankNotFoundError
-from synthkit.bank.repair import repair
-from synthkit.bank.sandbox import Budget, budget_of, verify_untrusted
-from synthkit.bank.verify import VerifyReport, verify
 from synthkit.cli.main import main
 from synthkit.errors import BankError
 

@@ -18,16 +18,20 @@ import numpy as np
 import pytest
 
 import synthkit
-from synthkit.bank import Bank, BankBusyError, BankWriter, lock, storage
-from synthkit.bank.lock import claim, read_claims
-from synthkit.bank.ranges import as_ranges, describe
+from synthkit.bank import Bank, BankBusyError, BankWriter
+from synthkit.bank.disk import lock, storage
+from synthkit.bank.disk.lock import claim, read_claims
+from synthkit.bank.disk.ranges import as_ranges, describe
 from synthkit.errors import StorageError, UsageError
 
 from .banks import fill, make_spec, shard_arrays
 
 ROOT = Path(synthkit.__file__).parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-BEGIN = "import sys, time\nfrom synthkit.bank import BankWriter, lock\nwriter = BankWriter(sys.argv[1])\n"
+BEGIN = (
+    "import sys, time\nfrom synthkit.bank import BankWriter\nfrom synthkit.bank.disk import lock\n"
+    "writer = BankWriter(sys.argv[1])\n"
+)
 HOLD = "with writer.claim({shards}):\n    print('held', flush=True)\n    time.sleep(60)\n"
 FOREIGN = """
 lock._boot_id = lambda: "another boot"

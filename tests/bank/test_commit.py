@@ -13,7 +13,8 @@ from typing import Any
 import h5py  # noqa: F401  (imported before threads are made to take turns)
 import pytest
 
-from synthkit.bank import Bank, BankWriter, commit, storage
+from synthkit.bank import Bank, BankWriter
+from synthkit.bank.disk import commit, storage
 from synthkit.bank.shard import read_sidecar
 from synthkit.errors import BankError, SynthkitError
 

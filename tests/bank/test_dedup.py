@@ -9,7 +9,7 @@ import pytest
 
 from synthkit.bank import Bank, BankSpec, BankWriter
 from synthkit.bank import state as states
-from synthkit.bank.dedup import only_exact, summary, with_near, write_kept
+from synthkit.bank.joining.dedup import only_exact, summary, with_near, write_kept
 from synthkit.bank.make import bank_from_arrays
 from synthkit.cli.bank import main
 from synthkit.errors import BankError, ModelError, OutputExistsError, UsageError

@@ -14,8 +14,9 @@ import h5py  # noqa: F401  (imported before os functions are watched)
 import numpy as np
 import pytest
 
-from synthkit.bank import Bank, BankWriter, lock
-from synthkit.bank.storage import staged
+from synthkit.bank import Bank, BankWriter
+from synthkit.bank.disk import lock
+from synthkit.bank.disk.storage import staged
 from synthkit.errors import StorageError
 
 from .banks import fill, make_spec, shard_arrays

@@ -15,7 +15,7 @@ import pytest
 
 from synthkit.bank import Bank, BankWriter, state
 from synthkit.bank.errors import HubError
-from synthkit.bank.hub import is_bank_file, parse_repo, redacted
+from synthkit.bank.hub.common import is_bank_file, parse_repo, redacted
 from synthkit.bank.seal import signed
 from synthkit.errors import BankError, OutputExistsError, RequirementError, StorageError, SynthkitError, UsageError
 from tests.bank.banks import fill, make_bank, make_spec
@@ -41,13 +41,13 @@ def hub(monkeypatch, tmp_path_factory):
 
 
 def push(hub, path, repo=REPO, **options):
-    from synthkit.bank.hub_push import push
+    from synthkit.bank.hub.push import push
 
     return push(path, repo, endpoint=hub.url, token=TOKEN, **options)
 
 
 def pull(hub, out, repo=REPO, **options):
-    from synthkit.bank.hub_pull import pull
+    from synthkit.bank.hub.pull import pull
 
     return pull(repo, out, endpoint=hub.url, token=TOKEN, **options)
 
@@ -88,8 +88,8 @@ def test_pushed_and_pulled_is_equal_byte_for_byte(hub, tmp_path, pushed):
 def test_generators_transform_and_label_sets_travel(hub, tmp_path):
     import numpy as np
 
-    from synthkit.bank.label_writer import LabelWriter
-    from synthkit.bank.labels import LabelSpec
+    from synthkit.bank.labels.sets import LabelSpec
+    from synthkit.bank.labels.writer import LabelWriter
 
     arrays = {"mean": np.zeros(3, np.float32)}
     writer = BankWriter.create(tmp_path / "bank", make_spec(transform=state.transform_entry("affine", arrays)))
@@ -142,7 +142,7 @@ def test_private_branch_and_message(hub, tmp_path):
 
 
 def test_a_repository_as_a_bank_spec_is_pulled_once_per_commit(hub, tmp_path, pushed, monkeypatch):
-    from synthkit.bank.hub import local_bank
+    from synthkit.bank.hub.common import local_bank
 
     monkeypatch.setenv("SYNTHKIT_HOME", str(tmp_path / "store"))
     assert local_bank(tmp_path / "bank") == tmp_path / "bank"
@@ -217,7 +217,7 @@ def test_another_bank_is_not_replaced_by_accident(hub, tmp_path, pushed):
 
 
 def test_large_banks_take_several_commits_the_manifest_last(hub, tmp_path, monkeypatch, pushed):
-    monkeypatch.setattr("synthkit.bank.hub_push.COMMIT_FILES", 5)
+    monkeypatch.setattr("synthkit.bank.hub.push.COMMIT_FILES", 5)
     make_bank(tmp_path / "other", seed=8)
     done = push(hub, tmp_path / "other", replace=True)
     commits = list(hub.repos["me/bank"].commits.values())
@@ -503,7 +503,7 @@ def test_no_repository_no_revision_gated_and_unauthorised(hub, tmp_path, pushed)
 
 
 def test_no_network(tmp_path, hub):
-    from synthkit.bank.hub_pull import pull
+    from synthkit.bank.hub.pull import pull
 
     with pytest.raises(HubError, match="run the command again"):
         pull(REPO, tmp_path / "out", endpoint="http://127.0.0.1:9")
@@ -535,14 +535,14 @@ def test_an_existing_target_is_never_touched(hub, tmp_path, pushed):
 
 def test_no_room(hub, tmp_path, pushed, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("synthkit.bank.hub_fetch.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("synthkit.bank.hub.fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(StorageError, match="MB are free"):
         pull(hub, tmp_path / "out")
     assert hub.count("GET", ".h5") == 0
 
 
 def test_without_the_library(tmp_path, monkeypatch):
-    from synthkit.bank.hub import client
+    from synthkit.bank.hub.common import client
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(RequirementError, match=r"synthkit\[hub\]"):

@@ -18,11 +18,11 @@ from synthkit.bank import (
     LabelSpec,
     LabelWriter,
 )
-from synthkit.bank.label_spec import check_name
-from synthkit.bank.repair import repair
-from synthkit.bank.topk import compress_topk
-from synthkit.bank.verify import verify
-from synthkit.bank.views import ViewDraw, ViewPolicy
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.labels.spec import check_name
+from synthkit.bank.labels.topk import compress_topk
+from synthkit.bank.labels.views import ViewDraw, ViewPolicy
 from synthkit.errors import BankError, ConfigError, NonFiniteError, OutputExistsError, RequirementError, UsageError
 
 from .banks import CLASSES, SHAPE, make_bank
@@ -301,7 +301,7 @@ def test_a_claim_taken_over_stops_the_writer(bank):
 def test_a_full_disk_leaves_no_half_shard(bank, monkeypatch, step):
     import errno
 
-    from synthkit.bank import commit
+    from synthkit.bank.disk import commit
     from synthkit.errors import StorageError
 
     writer, original, count = LabelWriter.create(bank, "a", spec_of(bank)), commit.publish, [0]

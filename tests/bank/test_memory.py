@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from synthkit.bank import memory
+from synthkit.bank.reading import memory
 
 
 @pytest.fixture

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synthkit.bank import Bank, BankMismatchError, BankSpec, BankWriter, copying, state
-from synthkit.bank import merge as merge_module
-from synthkit.bank.joining import plan_join
+from synthkit.bank import Bank, BankMismatchError, BankSpec, BankWriter, state
+from synthkit.bank.checking.verify import VerifyReport
+from synthkit.bank.joining import copying
+from synthkit.bank.joining import merge as merge_module
+from synthkit.bank.joining.merge import merge
+from synthkit.bank.joining.plan import plan_join
 from synthkit.bank.make import bank_from_arrays
-from synthkit.bank.merge import merge
-from synthkit.bank.verify import VerifyReport
 from synthkit.cli.bank import main
 from synthkit.cli.main import main as synthkit_main
 from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from synthkit.bank.order import BlockOrder, block_order, block_rows, check_ranks, random_order, rank_rows, steps
+from synthkit.bank.reading.order import BlockOrder, block_order, block_rows, check_ranks, random_order, rank_rows, steps
 from synthkit.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def test_orders_depend_on_seed_and_epoch_alone():
 
 def test_orders_are_the_same_in_another_process_and_for_ever():
     code = (
-        "from synthkit.bank.order import *\n"
+        "from synthkit.bank.reading.order import *\n"
         "print(random_order(9, 5, 1).tolist(), block_order(12, 5, 1, block=2, window=3).tolist())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from synthkit.bank import Bank, BankIndexError, BankNotFoundError, BankWriter, pread
-from synthkit.bank.gather import RowGather
+from synthkit.bank import Bank, BankIndexError, BankNotFoundError, BankWriter
 from synthkit.bank.make import bank_from_arrays, noise_images
+from synthkit.bank.reading import pread
+from synthkit.bank.reading.gather import RowGather
 from synthkit.errors import BankError, OutputExistsError, UsageError
 
 from .banks import CLASSES, SHAPE, fill, make_bank, make_spec, whole

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from synthkit.bank import Bank, BankMemoryError, resident
+from synthkit.bank import Bank, BankMemoryError
+from synthkit.bank.reading import resident
 from synthkit.errors import UsageError
 
 from .banks import make_bank, whole

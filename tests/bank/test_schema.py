@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank, BankBusyError, BankSpec, BankWriter, migrate, state
-from synthkit.bank.repair import repair
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import MAX_JSON_BYTES, dump_json
 from synthkit.bank.seal import signed
 from synthkit.bank.shard import column_dtype, row_shape
 from synthkit.bank.spec import MAX_SHARDS, SCHEMA
-from synthkit.bank.storage import MAX_JSON_BYTES, dump_json
-from synthkit.bank.verify import verify
 from synthkit.cli.bank import main
 from synthkit.errors import BankError, ConfigError, NonFiniteError, UsageError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from synthkit.bank import storage
-from synthkit.bank.storage import clean_stale_temps, host, staged
+from synthkit.bank.disk import storage
+from synthkit.bank.disk.storage import clean_stale_temps, host, staged
 from synthkit.errors import OutputExistsError, StorageError
 
 DEAD = 2**22 + 1  # above the largest pid of Linux
@@ -176,7 +176,7 @@ def test_the_whole_file_system_is_synced_and_its_errors_are_ours(tmp_path, monke
 
 CHILD = """
 import sys, time
-from synthkit.bank.storage import staged
+from synthkit.bank.disk.storage import staged
 with staged(sys.argv[1]) as work:
     (work / "x").write_text("x")
     print("inside", flush=True)

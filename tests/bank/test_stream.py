@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank
-from synthkit.bank.order import BlockOrder
+from synthkit.bank.reading.order import BlockOrder
 from synthkit.errors import BankError, UsageError
 
 from .banks import make_bank, whole

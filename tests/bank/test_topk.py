@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from synthkit.bank.topk import compress_topk, expand_topk, tail_error
+from synthkit.bank.labels.topk import compress_topk, expand_topk, tail_error
 from synthkit.errors import UsageError
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from synthkit.bank import Bank, BankBusyError, BankWriter
-from synthkit.bank.repair import repair
-from synthkit.bank.verify import verify
+from synthkit.bank.checking.repair import repair
+from synthkit.bank.checking.verify import verify
 from synthkit.errors import BankError
 
 from .banks import SHAPE, fill, make_bank, make_spec, shard_arrays

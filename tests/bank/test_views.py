@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as TF
 
-from synthkit.bank.views import (
+from synthkit.bank.labels.views import (
     ViewDraw,
     ViewPolicy,
     Views,
@@ -69,7 +69,7 @@ def test_records_are_a_pure_function_of_seed_epoch_and_row(mix):
 
 
 def test_scattered_rows_are_those_of_the_epoch(monkeypatch):
-    monkeypatch.setattr("synthkit.bank.views._PIECE", 7)
+    monkeypatch.setattr("synthkit.bank.labels.views._PIECE", 7)
     every, rows = draw_of().rows(0, 90), np.array([3, 89, 31, 3, 60])
     found = draw_of().own_views(rows)
     assert all(np.array_equal(found[k], every[k][rows]) for k in ("sample", "crop", "flip"))
@@ -207,7 +207,7 @@ def test_mixing_by_hand():
 def test_a_large_batch_is_made_in_pieces(monkeypatch):
     columns = draw_of().rows(0, 90)
     whole = made(columns, np.arange(90))
-    monkeypatch.setattr("synthkit.bank.views._CHUNK_BYTES", 4 * 3 * 16 * 16 * 7)  # seven views
+    monkeypatch.setattr("synthkit.bank.labels.views._CHUNK_BYTES", 4 * 3 * 16 * 16 * 7)  # seven views
     assert torch.equal(made(columns, np.arange(90)), whole)
 
 

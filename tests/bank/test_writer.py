@@ -15,9 +15,9 @@ import pytest
 
 import synthkit
 from synthkit.bank import Bank, BankBusyError, BankMismatchError, BankNotFoundError, BankSpec, BankWriter
-from synthkit.bank import storage as storage_module
-from synthkit.bank.lock import read_claims
-from synthkit.bank.storage import host
+from synthkit.bank.disk import storage as storage_module
+from synthkit.bank.disk.lock import read_claims
+from synthkit.bank.disk.storage import host
 from synthkit.errors import (
     BankError,
     ConfigError,

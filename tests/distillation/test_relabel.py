@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import synthkit
 from synthkit.bank import Bank, BankMismatchError, LabelSpec, LabelWriter
-from synthkit.bank.stored import StoredLogits
-from synthkit.bank.verify import verify
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.labels.stored import StoredLogits
 from synthkit.cli.main import main
 from synthkit.config.schema import DistillConfig, RelabelConfig, RuntimeConfig
 from synthkit.distillation.distill import distill
@@ -153,7 +153,7 @@ def test_batch_statistics_leave_the_teacher_as_it_was(bank, workshop, tmp_path):
         rows = np.arange(526, 576)  # filled up with the rows before it
         store = Bank(bank).batch
         views = labels.views(rows)
-        from synthkit.bank.views import apply_views
+        from synthkit.bank.labels.views import apply_views
 
         own, partners = (torch.from_numpy(store(r, ["images"]).images) for r in (views.sample, views.partner_sample))
         last = view(apply_views(own, views, (32, 32), partners))
@@ -255,7 +255,7 @@ def test_no_view_shows_a_held_out_image(bank):
 
 def test_stored_logits_of_banks_and_sets_are_read_alike(bank, tmp_path):
     from synthkit.bank import BankSpec, BankWriter
-    from synthkit.bank.topk import compress_topk
+    from synthkit.bank.labels.topk import compress_topk
 
     opened = Bank(bank)
     dense = opened.column("logits")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synthkit.bank import Bank
-from synthkit.bank.stored import StoredLogits
+from synthkit.bank.labels.stored import StoredLogits
 from synthkit.distillation import sources, stores
 from synthkit.distillation.sources import (
     BlockShuffled,
@@ -160,7 +160,7 @@ def test_the_next_window_is_asked_for_once_each(workshop, monkeypatch):
 
 
 def small_windows(bank: Bank, epoch: int):
-    from synthkit.bank.order import BlockOrder
+    from synthkit.bank.reading.order import BlockOrder
 
     return BlockOrder(n=192, seed=2, epoch=epoch, block=8, window=4)
 

@@ -16,8 +16,8 @@ import synthkit as sk
 from synthesis.tiny import task
 from synthkit import tables
 from synthkit.bank import Bank, BankBusyError, BankMismatchError, BankWriter
+from synthkit.bank.checking.repair import repair
 from synthkit.bank.make import bank_from_arrays
-from synthkit.bank.repair import repair
 from synthkit.cli.main import main
 from synthkit.config.parse import parse_config
 from synthkit.distillation.sources import GeneratorPool

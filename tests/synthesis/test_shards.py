@@ -19,8 +19,8 @@ from workshop import save_teacher, shard_hashes
 
 import synthkit
 from synthkit.bank import Bank, BankBusyError, BankMismatchError, BankWriter
+from synthkit.bank.checking.repair import repair
 from synthkit.bank.make import bank_from_arrays
-from synthkit.bank.repair import repair
 from synthkit.cli.main import main
 from synthkit.config.parse import parse_config
 from synthkit.data.specs import load_data

@@ -86,8 +86,8 @@ class Plan:
             OutputExistsError: the target exists. StorageError: no room, or writing failed; nothing is left then.
             BankError: a shard is damaged; nothing is left then.
         """
+        from synthkit.bank.disk.storage import staged
         from synthkit.bank.export import provenance
-        from synthkit.bank.storage import staged
 
         _require_room(self)
         source, made = self.source, self.made
@@ -104,9 +104,9 @@ def plan(
     verify: bool = True, workers: int | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
     """Check everything that can be checked beforehand, and estimate the size; arguments as `export`."""
+    from synthkit.bank.disk.storage import require_free
     from synthkit.bank.export.source import Source
     from synthkit.bank.reader import Bank
-    from synthkit.bank.storage import require_free
 
     chosen, target = format_class(format), Path(out)
     settings = _settings(format, chosen, options)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthkit.bank.labels import label_file
+from synthkit.bank.labels.sets import label_file
 from synthkit.bank.shard import TOPK, file_sha256
 from synthkit.errors import BankError, RequirementError
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from synthkit.bank.disk.storage import dump_json
 from synthkit.bank.export.base import Format, need_range, worked
 from synthkit.bank.export.png import LEVEL, Piece, check_png, encode_png, png_bytes, png_pieces, png_workers
-from synthkit.bank.storage import dump_json
 
 _NAMES = {"images": "image", "labels": "label"}  # column of the bank -> of the shards; others keep their name
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 from synthkit.bank import card, seal
+from synthkit.bank.disk.storage import dump_json, plain, read_json
 from synthkit.bank.export.base import Format
 from synthkit.bank.export.source import Source
-from synthkit.bank.storage import dump_json, plain, read_json
 
 VERSION = 1
 

@@ -12,8 +12,8 @@ import numpy as np
 from synthkit.bank import seal
 from synthkit.bank.export.labels import LabelColumns
 from synthkit.bank.export.names import unicode_text
-from synthkit.bank.maps import open_checked
 from synthkit.bank.reader import Bank
+from synthkit.bank.reading.maps import open_checked
 from synthkit.bank.shard import COLUMNS, TOPK, Sidecar, file_sha256, row_shape, shard_file, value_problem
 from synthkit.errors import BankError, UsageError
 

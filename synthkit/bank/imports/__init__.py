@@ -111,8 +111,8 @@ def import_bank(
     Raises:
         UsageError, DataError: see `open_source`. OutputExistsError, StorageError: `out` exists, or has no room.
     """
+    from synthkit.bank.disk.storage import require_free
     from synthkit.bank.imports.write import write
-    from synthkit.bank.storage import require_free
 
     require_free(Path(out))  # before hours of reading
     options = options or ImportOptions()

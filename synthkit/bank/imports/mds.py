@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from synthkit.bank.disk.storage import read_json
 from synthkit.bank.imports.encoded import MAX_FILE, Survey, decode, decode_rows
 from synthkit.bank.imports.labels import Seen, classes_of
 from synthkit.bank.imports.own import record_of, require_fit
 from synthkit.bank.imports.source import ImportOptions, Rows, Source, refuse_link, unlabelled_error
 from synthkit.bank.shard import COLUMNS
-from synthkit.bank.storage import read_json
 from synthkit.errors import BankError, DataError
 
 _IMAGE_NAMES = ("image", "images", "img", "x")

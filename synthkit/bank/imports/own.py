@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from synthkit.bank.disk.storage import read_json
 from synthkit.bank.spec import LABEL_KINDS, MAX_CLASSES, MAX_IMAGES, MAX_SIDE
-from synthkit.bank.storage import read_json
 from synthkit.errors import BankError, DataError
 
 FILE = "synthkit.json"

@@ -185,7 +185,7 @@ def _put(sample: Sample, ending: str, data: bytes, where: str) -> None:
 
 
 def _fields(data: bytes, where: str) -> Sample:
-    from synthkit.bank.storage import parse_json
+    from synthkit.bank.disk.storage import parse_json
     from synthkit.errors import BankError
 
     try:

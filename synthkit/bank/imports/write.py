@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import state
+from synthkit.bank.disk.storage import staged
 from synthkit.bank.imports.source import ImportOptions, Rows, Source
 from synthkit.bank.reader import Bank
 from synthkit.bank.spec import SHARD_BYTES, BankSpec, LabelKind
-from synthkit.bank.storage import staged
 from synthkit.bank.writer import BankWriter
 from synthkit.errors import DataError, UsageError
 

@@ -13,7 +13,7 @@ from synthkit.errors import UsageError
 
 if TYPE_CHECKING:
     from synthkit.bank import Bank
-    from synthkit.bank.dedup import Duplicates
+    from synthkit.bank.joining.dedup import Duplicates
 
 MOST_PAIRS = 60
 
@@ -40,7 +40,7 @@ def configure(parser: Arguments) -> None:
 def run(args: Namespace) -> int:
     """Find the duplicates, and write what stays."""
     from synthkit.bank import Bank
-    from synthkit.bank.dedup import check_source, only_exact, summary, write_kept
+    from synthkit.bank.joining.dedup import check_source, only_exact, summary, write_kept
     from synthkit.report.pairs import require_new_file, write_new_file
 
     bank = Bank(args.bank)

@@ -24,7 +24,7 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Merge, and say what came from where."""
-    from synthkit.bank.merge import merge
+    from synthkit.bank.joining.merge import merge
 
     report = merge(
         args.banks, args.out, dry_run=args.dry_run, allow_different_teachers=args.allow_different_teachers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from synthkit.bank.hub import parse_repo
+from synthkit.bank.hub.common import parse_repo
 from synthkit.cli.arguments import Arguments, print_json
 from synthkit.cli.bank.common import clean
 from synthkit.cli.bank.transfer import transfer
@@ -22,7 +22,7 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Pull and say what came."""
-    from synthkit.bank.hub_pull import pull
+    from synthkit.bank.hub.pull import pull
 
     repo = parse_repo(args.repo, args.revision)
     with transfer("pull") as (said, progress):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import asdict
 
-from synthkit.bank.hub import parse_repo
+from synthkit.bank.hub.common import parse_repo
 from synthkit.cli.arguments import Arguments, print_json
 from synthkit.cli.bank.common import clean
 from synthkit.cli.bank.transfer import transfer
@@ -24,7 +24,7 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Push and say how to pull it again."""
-    from synthkit.bank.hub_push import push
+    from synthkit.bank.hub.push import push
 
     repo = parse_repo(args.repo, args.revision)
     with transfer("push") as (said, progress):

@@ -17,7 +17,7 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Set damaged parts aside and say what is to be made again."""
-    from synthkit.bank.repair import repair
+    from synthkit.bank.checking.repair import repair
 
     report = repair(args.bank, untrusted=args.untrusted)
     if args.json:

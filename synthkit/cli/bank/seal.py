@@ -16,10 +16,10 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Verify and seal."""
-    from synthkit.bank.lock import claim
+    from synthkit.bank.checking.verify import verify
+    from synthkit.bank.disk.lock import claim
     from synthkit.bank.seal import seal
     from synthkit.bank.spec import read_record
-    from synthkit.bank.verify import verify
 
     bank = Path(args.bank)
     read_record(bank)

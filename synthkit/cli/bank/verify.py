@@ -21,7 +21,7 @@ def configure(parser: Arguments) -> None:
 
 def run(args: Namespace) -> int:
     """Print what is damaged; raises `BankError` when anything is."""
-    from synthkit.bank.verify import verify
+    from synthkit.bank.checking.verify import verify
 
     report = verify(args.bank, deep=args.deep, untrusted=args.untrusted)
     if args.json:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import Bank, BankSpec, BankWriter
+from synthkit.bank.labels.topk import compress_topk
 from synthkit.bank.state import transform_entry
-from synthkit.bank.topk import compress_topk
 
 # the third class has no image, two names are equal, all are what a table, a file system or a page would stumble over
 HOSTILE = ["=cmd|' /C calc'!A0", "../../etc/passwd", "CON", "../../etc/passwd", "Ärger 猫 \u202e\x00\n<b>"]

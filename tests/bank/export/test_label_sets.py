@@ -11,8 +11,8 @@ import pytest
 
 from synthkit.bank import Bank, LabelSpec, LabelWriter
 from synthkit.bank.export import export
-from synthkit.bank.topk import compress_topk
-from synthkit.bank.views import ViewDraw, ViewPolicy
+from synthkit.bank.labels.topk import compress_topk
+from synthkit.bank.labels.views import ViewDraw, ViewPolicy
 from synthkit.errors import BankError, RequirementError, UsageError
 
 from .exports import HOSTILE, make, same, stored

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from synthkit.bank import seal, state
+from synthkit.bank.checking.structure import check_structure, check_values
+from synthkit.bank.disk.storage import names_in, regular_size
 from synthkit.bank.shard import committed_shards, file_sha256, read_sidecar, shard_file
 from synthkit.bank.spec import BankSpec, read_record
-from synthkit.bank.storage import names_in, regular_size
-from synthkit.bank.structure import check_structure, check_values
 from synthkit.errors import BankError
 
 # Further kinds of parts, "module:function": function(context) yields `Part`s. Adding one is one line here.
-PART_MAKERS: tuple[str, ...] = ("synthkit.bank.label_check:label_parts",)
+PART_MAKERS: tuple[str, ...] = ("synthkit.bank.labels.check:label_parts",)
 
 # What a bank's folder may hold; anything else is noted.
 KNOWN_NAMES = {
@@ -174,7 +174,7 @@ def verify(path: str | Path, deep: bool = False, untrusted: bool = False) -> Ver
         BankNotFoundError: there is no bank. BankError: bank.json itself is unreadable.
     """
     if untrusted:
-        from synthkit.bank.sandbox import verify_untrusted
+        from synthkit.bank.checking.sandbox import verify_untrusted
 
         return verify_untrusted(path, deep=deep)
     collector = _Collector(VerifyReport(path=Path(path), deep=deep))

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.bank import views
-from synthkit.bank.columns import ShardColumns
 from synthkit.bank.errors import BankIndexError
-from synthkit.bank.label_spec import (
+from synthkit.bank.labels import views
+from synthkit.bank.labels.spec import (
     Kind,
     LabelSpec,
     committed_labels,
@@ -29,8 +28,9 @@ from synthkit.bank.label_spec import (
     read_label_sidecar,
     set_path,
 )
+from synthkit.bank.labels.topk import expand_topk
+from synthkit.bank.reading.columns import ShardColumns
 from synthkit.bank.shard import TOPK
-from synthkit.bank.topk import expand_topk
 from synthkit.errors import BankError, RequirementError, UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 if TYPE_CHECKING:
-    from synthkit.bank.pread import FileRows
+    from synthkit.bank.reading.pread import FileRows
 
 
 class RowGather:

@@ -13,9 +13,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from synthkit.bank.disk.storage import make_folder, publish, publish_new, sync_folder, temp_path
 from synthkit.bank.errors import BankBusyError
 from synthkit.bank.shard import file_sha256
-from synthkit.bank.storage import make_folder, publish, publish_new, sync_folder, temp_path
 
 
 class Beaten(BankBusyError):

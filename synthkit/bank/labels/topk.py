@@ -1,4 +1,4 @@
-"""Teacher logits as the k largest and the mass of the rest: 4 k + 4 bytes instead of 2 K (6 k + 4 beyond 65,536 classes).
+"""Teacher logits as the k largest and the mass of the rest: 4 k + 4 bytes instead of 2 K (6 k + 4 from 65,537 classes).
 
 What is kept is exactly the fp16 record that a dense column would hold: the k largest fp16 logits, and the logsumexp of
 all others. At temperature 1 the probabilities of the k classes are therefore those of the dense record; the mass of

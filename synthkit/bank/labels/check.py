@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from synthkit.bank import views
-from synthkit.bank.label_spec import (
+from synthkit.bank.checking.structure import check_structure, read_column
+from synthkit.bank.checking.verify import Context, Findings, Part
+from synthkit.bank.disk.storage import names_in, read_json, regular_size
+from synthkit.bank.labels import views
+from synthkit.bank.labels.spec import (
     LabelSpec,
     committed_labels,
     label_file,
@@ -22,9 +25,6 @@ from synthkit.bank.label_spec import (
 )
 from synthkit.bank.seal import signed
 from synthkit.bank.shard import Sidecar, file_sha256, summary, value_problem
-from synthkit.bank.storage import names_in, read_json, regular_size
-from synthkit.bank.structure import check_structure, read_column
-from synthkit.bank.verify import Context, Findings, Part
 from synthkit.errors import BankError
 
 

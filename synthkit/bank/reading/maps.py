@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from synthkit.bank.storage import regular_size
+from synthkit.bank.disk.storage import regular_size
 from synthkit.errors import BankError
 
 _PROT_NONE, _MAP_FIXED = 0, 0x10  # the same on Linux, macOS and the BSDs; Python's mmap module does not name them

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthkit.bank import order as orders
-from synthkit.bank.order import BlockOrder, Shuffle
+from synthkit.bank.reading import order as orders
+from synthkit.bank.reading.order import BlockOrder, Shuffle
 from synthkit.errors import UsageError
 
 if TYPE_CHECKING:

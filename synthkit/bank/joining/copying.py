@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from synthkit.bank.disk.storage import dump_json, make_folder, plain, publish, regular_size, temp_path
 from synthkit.bank.shard import Sidecar, file_sha256, shard_file
-from synthkit.bank.storage import dump_json, make_folder, plain, publish, regular_size, temp_path
 from synthkit.errors import BankError
 
 _PIECE = 64 << 20  # bytes for one call: Ctrl-C is heard between two

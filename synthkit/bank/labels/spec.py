@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from synthkit.bank import migrate
+from synthkit.bank.disk.storage import canonical_hash, names_in, plain, read_json
 from synthkit.bank.shard import TOPK, Layout, Sidecar, check_record, committed_in
 from synthkit.bank.spec import MAX_CLASSES, MAX_IMAGES, MAX_SHARDS, MAX_SIDE, SCHEMA, version
-from synthkit.bank.storage import canonical_hash, names_in, plain, read_json
 from synthkit.errors import BankError, ConfigError, UsageError
 
 LABEL_SHARD_BYTES = 8 << 20  # less than an image shard: rows are small, and each of them costs a teacher's forward

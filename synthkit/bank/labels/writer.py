@@ -9,25 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synthkit.bank import views
-from synthkit.bank.commit import Beaten, commit
-from synthkit.bank.errors import BankMismatchError
-from synthkit.bank.label_spec import (
-    LabelSpec,
-    committed_labels,
-    label_file,
-    read_label_record,
-    read_label_sidecar,
-    record_of,
-    set_path,
-)
-from synthkit.bank.labels import mismatch
-from synthkit.bank.lock import Claim, claim
-from synthkit.bank.reader import Bank
-from synthkit.bank.seal import root_hash, signed
-from synthkit.bank.shard import conform_columns, encode, summary, value_problem
-from synthkit.bank.spec import SCHEMA, differences
-from synthkit.bank.storage import (
+from synthkit.bank.disk.commit import Beaten, commit
+from synthkit.bank.disk.lock import Claim, claim
+from synthkit.bank.disk.storage import (
     clean_stale_temps,
     dump_json,
     host,
@@ -38,6 +22,22 @@ from synthkit.bank.storage import (
     storage_errors,
     sync_folder,
 )  # fmt: skip
+from synthkit.bank.errors import BankMismatchError
+from synthkit.bank.labels import views
+from synthkit.bank.labels.sets import mismatch
+from synthkit.bank.labels.spec import (
+    LabelSpec,
+    committed_labels,
+    label_file,
+    read_label_record,
+    read_label_sidecar,
+    record_of,
+    set_path,
+)
+from synthkit.bank.reader import Bank
+from synthkit.bank.seal import root_hash, signed
+from synthkit.bank.shard import conform_columns, encode, summary, value_problem
+from synthkit.bank.spec import SCHEMA, differences
 from synthkit.errors import BankError, OutputExistsError, StorageError, UsageError
 
 

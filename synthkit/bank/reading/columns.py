@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from synthkit.bank.gather import RowGather, SplitRows
-from synthkit.bank.maps import FileMaps
-from synthkit.bank.memory import usable_memory
-from synthkit.bank.pread import FilePool, FileRows
+from synthkit.bank.reading.gather import RowGather, SplitRows
+from synthkit.bank.reading.maps import FileMaps
+from synthkit.bank.reading.memory import usable_memory
+from synthkit.bank.reading.pread import FilePool, FileRows
 from synthkit.bank.shard import Sidecar
 
 RESIDENT_COLUMN_BYTES = 64 << 20  # columns up to this size are read once and kept

@@ -26,9 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from synthkit.bank.disk.ranges import as_ranges, describe, overlap
+from synthkit.bank.disk.storage import (
+    clean_stale_temps,
+    host,
+    make_folder,
+    names_in,
+    pid_alive,
+    storage_errors,
+    temp_path,
+)
 from synthkit.bank.errors import BankBusyError
-from synthkit.bank.ranges import as_ranges, describe, overlap
-from synthkit.bank.storage import clean_stale_temps, host, make_folder, names_in, pid_alive, storage_errors, temp_path
 from synthkit.errors import StorageError
 
 try:

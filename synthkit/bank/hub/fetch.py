@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from synthkit.bank.disk.storage import storage_errors
 from synthkit.bank.errors import HubError
-from synthkit.bank.hub import MAX_RECORD, RemoteFile, Repo, git_blob_sha1, hub_errors, is_bank_file
+from synthkit.bank.hub.common import MAX_RECORD, RemoteFile, Repo, git_blob_sha1, hub_errors, is_bank_file
 from synthkit.bank.shard import file_sha256
-from synthkit.bank.storage import storage_errors
 from synthkit.errors import BankError, StorageError
 
 WORKERS = 4

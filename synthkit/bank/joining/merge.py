@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import card, state
-from synthkit.bank.copying import ShardRows, adopt_shard, copy_exact
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import require_free, staged, sync_folder
 from synthkit.bank.errors import BankMismatchError
-from synthkit.bank.joining import Piece, best_plan, exact
+from synthkit.bank.joining.copying import ShardRows, adopt_shard, copy_exact
+from synthkit.bank.joining.plan import Piece, best_plan, exact
 from synthkit.bank.reader import Bank
 from synthkit.bank.seal import root_hash, seal
 from synthkit.bank.shard import shard_file
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import require_free, staged, sync_folder
-from synthkit.bank.verify import verify
 from synthkit.bank.writer import BankWriter
 from synthkit.errors import BankError, UsageError
 

@@ -19,20 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank import seal
-from synthkit.bank.hub import (
-    MAX_CARD,
-    Repo,
-    client,
-    is_bank_file,
-    remote_files,
-    resolve_commit,
-)  # fmt: skip
-from synthkit.bank.hub_fetch import Fetch, Wanted
-from synthkit.bank.lock import claim
-from synthkit.bank.reader import Bank
-from synthkit.bank.shard import file_sha256
-from synthkit.bank.spec import read_record
-from synthkit.bank.storage import (
+from synthkit.bank.disk.lock import claim
+from synthkit.bank.disk.storage import (
     canonical_hash,
     dump_json,
     publish,
@@ -42,6 +30,18 @@ from synthkit.bank.storage import (
     sync_folder,
     sync_tree,
 )  # fmt: skip
+from synthkit.bank.hub.common import (
+    MAX_CARD,
+    Repo,
+    client,
+    is_bank_file,
+    remote_files,
+    resolve_commit,
+)  # fmt: skip
+from synthkit.bank.hub.fetch import Fetch, Wanted
+from synthkit.bank.reader import Bank
+from synthkit.bank.shard import file_sha256
+from synthkit.bank.spec import read_record
 from synthkit.errors import BankError, UsageError
 
 MAX_GENERATOR = 1 << 32

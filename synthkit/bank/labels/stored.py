@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from synthkit.bank.labels import LabelSet
+from synthkit.bank.labels.sets import LabelSet
+from synthkit.bank.labels.topk import expand_topk
 from synthkit.bank.shard import TOPK
-from synthkit.bank.topk import expand_topk
 from synthkit.errors import RequirementError
 from synthkit.lazy import torch
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthkit.bank.lock import claim
+from synthkit.bank.checking.verify import Context, VerifyReport, open_context, parts, verify
+from synthkit.bank.disk.lock import claim
+from synthkit.bank.disk.storage import names_in, storage_errors, sync_folder
 from synthkit.bank.shard import committed_shards
-from synthkit.bank.storage import names_in, storage_errors, sync_folder
-from synthkit.bank.verify import Context, VerifyReport, open_context, parts, verify
 from synthkit.errors import BankError
 
 

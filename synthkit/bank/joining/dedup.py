@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from synthkit.bank import card
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import canonical_hash, require_free, staged
 from synthkit.bank.reader import Bank
 from synthkit.bank.seal import root_hash
 from synthkit.bank.spec import BankSpec
-from synthkit.bank.storage import canonical_hash, require_free, staged
-from synthkit.bank.verify import verify
 from synthkit.bank.writer import BankWriter
 from synthkit.errors import BankError, UsageError
 

@@ -83,7 +83,7 @@ def local_bank(spec: str | Path) -> Path:
     text = str(spec)
     if not is_hub_spec(text):
         return Path(spec)
-    from synthkit.bank.hub_pull import pull
+    from synthkit.bank.hub.pull import pull
     from synthkit.paths import store_dir
 
     repo = parse_repo(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from synthkit.bank.maps import open_checked
+from synthkit.bank.reading.maps import open_checked
 from synthkit.errors import BankError
 
 MAX_OPEN = 64  # descriptors kept open

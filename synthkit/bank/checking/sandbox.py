@@ -29,21 +29,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthkit.bank.confine import Limits, confine
+from synthkit.bank.checking.confine import Limits, confine
+from synthkit.bank.checking.verify import Context, Findings, VerifyReport, examine, finished
+from synthkit.bank.disk.storage import parse_json, require_bank
 from synthkit.bank.errors import BankNotFoundError
 from synthkit.bank.spec import MAX_SHARDS
-from synthkit.bank.storage import parse_json, require_bank
-from synthkit.bank.verify import Context, Findings, VerifyReport, examine, finished
 from synthkit.errors import BankError, UsageError
 
 # What the child runs, "module:function" of (request, reporter); the tests put parsers that crash in its place.
-WORK = "synthkit.bank.sandbox:examine_bank"
+WORK = "synthkit.bank.checking.sandbox:examine_bank"
 MAX_LINE = 16 << 20
 MAX_TEXT = 2000
 MAX_CRASHES = 8
 _BOOT = (
     "import json, sys; request = json.loads(sys.stdin.buffer.read()); sys.path[:] = request['sys_path'];"
-    "from synthkit.bank.sandbox import child; child(request)"
+    "from synthkit.bank.checking.sandbox import child; child(request)"
 )
 
 

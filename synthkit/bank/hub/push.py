@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from synthkit.bank import card, seal
+from synthkit.bank.checking.verify import verify
+from synthkit.bank.disk.storage import names_in, read_json, regular_size
 from synthkit.bank.errors import HubError
-from synthkit.bank.hub import (
+from synthkit.bank.hub.common import (
     RemoteFile,
     Repo,
     client,
@@ -27,8 +29,6 @@ from synthkit.bank.hub import (
 )  # fmt: skip
 from synthkit.bank.reader import Bank
 from synthkit.bank.shard import file_sha256, shard_file
-from synthkit.bank.storage import names_in, read_json, regular_size
-from synthkit.bank.verify import verify
 from synthkit.errors import BankError
 
 PIECE_FILES, PIECE_BYTES = 8, 512 << 20

@@ -61,7 +61,7 @@ def free_memory(device: torch.device) -> int:
 
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, not in use
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    from synthkit.bank.memory import free_memory as free
+    from synthkit.bank.reading.memory import free_memory as free
 
     return free()
 

@@ -18,14 +18,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from synthkit.bank.disk.jsonfile import MAX_JSON_BYTES as MAX_JSON_BYTES
+from synthkit.bank.disk.jsonfile import canonical_hash as canonical_hash
+from synthkit.bank.disk.jsonfile import dump_json as dump_json
+from synthkit.bank.disk.jsonfile import parse_json as parse_json
+from synthkit.bank.disk.jsonfile import plain as plain
+from synthkit.bank.disk.jsonfile import read_json as read_json
+from synthkit.bank.disk.jsonfile import regular_size as regular_size
 from synthkit.bank.errors import BankNotFoundError
-from synthkit.bank.jsonfile import MAX_JSON_BYTES as MAX_JSON_BYTES
-from synthkit.bank.jsonfile import canonical_hash as canonical_hash
-from synthkit.bank.jsonfile import dump_json as dump_json
-from synthkit.bank.jsonfile import parse_json as parse_json
-from synthkit.bank.jsonfile import plain as plain
-from synthkit.bank.jsonfile import read_json as read_json
-from synthkit.bank.jsonfile import regular_size as regular_size
 from synthkit.errors import BankError, OutputExistsError, StorageError
 
 _REASONS = {

@@ -1,0 +1,1 @@
+"""Banks made from banks: merge and dedup."""
