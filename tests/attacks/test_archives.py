@@ -88,12 +88,14 @@ def test_npz_ratio_bomb_in_the_small_parts(tmp_path):
 
 def test_npz_names_and_numbers(tmp_path):
     outside = {"../../evil.npy": npy(LABELS), "/tmp/evil.npy": npy(LABELS), "..\\evil.npy": npy(LABELS)}
-    file = npz(tmp_path / "x.npz", {**GOOD, **outside})
-    with nothing_written(tmp_path.parent), contextlib.suppress(DataError):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    file = npz(inner / "x.npz", {**GOOD, **outside})
+    with nothing_written(tmp_path), contextlib.suppress(DataError):
         load_data(f"npz:{file}", "all")
     with contextlib.suppress(DataError):
-        import_bank(file, tmp_path / "out")
-    assert not (tmp_path.parent / "evil.npy").exists() and not Path("/tmp/evil.npy").exists()
+        import_bank(file, inner / "out")
+    assert not (tmp_path / "evil.npy").exists() and not Path("/tmp/evil.npy").exists()
     refused(tmp_path, npz(tmp_path / "many.npz", {f"a{i}.npy": b"" for i in range(3000)}))
     twice = tmp_path / "twice.npz"
     with pytest.warns(UserWarning), zipfile.ZipFile(twice, "w") as archive:
