@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from synthkit.api import distill, evaluate, relabel, synthesize, teach
     from synthkit.bank import Bank
+    from synthkit.bank.export import export
+    from synthkit.bank.imports import import_bank
     from synthkit.config.parse import load_recipe
 
 _WHERE = {
@@ -21,11 +23,14 @@ _WHERE = {
     "relabel": "synthkit.api",
     "teach": "synthkit.api",
     "evaluate": "synthkit.api",
+    "export": "synthkit.bank.export",
+    "import_bank": "synthkit.bank.imports",
     "load_recipe": "synthkit.config.parse",
     "Bank": "synthkit.bank",
 }
 
-__all__ = ["Bank", "__version__", "distill", "evaluate", "load_recipe", "relabel", "synthesize", "teach"]
+__all__ = ["Bank", "__version__", "distill", "evaluate", "export", "import_bank", "load_recipe", "relabel",
+           "synthesize", "teach"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,13 @@ Every reader draws its rows at random, in the way that its library offers for tr
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import itertools
 import json
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -304,8 +304,7 @@ class Worker:
         """Every image read must be one of the source (by checksum), with its label."""
         assert self.batches is not None
         known = {
-            zlib.crc32(np.ascontiguousarray(image).data): int(label)
-            for image, label in zip(self.source.images, self.source.labels, strict=True)
+            _checksum(image): int(label) for image, label in zip(self.source.images, self.source.labels, strict=True)
         }
         seen, wrong, distinct = 0, 0, set()
         for images, labels in self.batches:
@@ -315,7 +314,7 @@ class Worker:
             if images.shape[1:] != self.source.shape:
                 images = images.transpose(0, 3, 1, 2)
             for image, label in zip(images, labels, strict=True):
-                checksum = zlib.crc32(np.ascontiguousarray(image).data)
+                checksum = _checksum(image)
                 wrong += known.get(checksum) != int(label)
                 distinct.add(checksum)
             seen += len(images)
@@ -333,6 +332,11 @@ class Worker:
             found = next(self.batches)
             images += len(found[0])
         return {"rate": images / (now - started), "cpu_seconds": round(time.process_time() - used, 3)}
+
+
+def _checksum(image: np.ndarray) -> bytes:
+    """128 bits: 32 collide among 50,000 images in one set of four (and did)."""
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from synthkit.errors import DataError, RequirementError
 MAX_CLASSES = 1 << 20
 _IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture")
 _LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target", "cls")
+_BATCH_BYTES = 1 << 30
 _PATTERNS = ("*.parquet", "data/*.parquet", "*/*.parquet", "*/*/*.parquet")
 
 
@@ -119,19 +120,30 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
             image, label = image_and_label_columns(schema, path)
             groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
             require_bytes(f"{path}: the unpacked rows", sum(groups))
-            table = file.read(columns=[image, label])
+            rows = rows_at_once(max(groups, default=0))
+            is_struct = pyarrow.types.is_struct(schema.field(image).type)
+            images: list[Any] = []
+            labels: list[Any] = []
+            shared: dict[Any, Any] = {}  # a dictionary may name one huge value in every row: it is kept once
+            for batch in file.iter_batches(columns=[image, label], batch_size=rows):
+                column = batch.column(image)
+                values = (column.field("bytes") if is_struct else column).to_pylist()
+                images += [shared.setdefault(value, value) for value in values]
+                labels += batch.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})", hint="get the file again") from error
-    column = table.column(image)
-    field = schema.field(image).type
-    is_struct = pyarrow.types.is_struct(field)
-    images = []
-    for chunk in column.chunks:
-        images += (chunk.field("bytes") if is_struct else chunk).to_pylist()
     if any(content is None for content in images):
         row = images.index(None)
         raise DataError(f"{path}: row {row} holds no image bytes (only a path?)", hint="store the bytes in the file")
-    return images, table.column(label).to_pylist(), schema_names(schema.metadata, label)
+    return images, labels, schema_names(schema.metadata, label)
+
+
+def rows_at_once(group_bytes: int) -> int:
+    """Rows per batch, 1 to 256, such that a batch stays below 1 GiB even when every row names the whole row group.
+
+    Parquet may store a value once and name it in every row: unpacked, 2 MB on disk can become terabytes in memory.
+    """
+    return max(1, min(256, _BATCH_BYTES // max(group_bytes, 1)))
 
 
 def image_columns(schema: Any) -> list[str]:
@@ -139,6 +151,7 @@ def image_columns(schema: Any) -> list[str]:
     import pyarrow.types as types
 
     def binary(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
         return types.is_binary(kind) or types.is_large_binary(kind)
 
     images = []

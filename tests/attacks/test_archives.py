@@ -262,6 +262,21 @@ def test_parquet_bombs_and_flips(tmp_path):
         import_bank(file, tmp_path / "out")
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_parquet_dictionary_that_names_one_huge_value_in_every_row(tmp_path, stored):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = 150  # unpacked: 4.7 GiB
+    huge = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([PNG + bytes(32 << 20)]))
+    image = pa.StructArray.from_arrays([huge, pa.array(["p"] * rows)], names=["bytes", "path"])
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": image, "label": [0] * rows}), file, store_schema=stored, compression="zstd")
+    assert file.stat().st_size < 1 << 20
+    with memory_bounded(1200 << 20):  # a batch of 1 GiB and the value itself
+        data = load_data(f"parquet:{file}", "all")  # PIL ignores what follows the image
+        bank = import_bank(file, tmp_path / "out")
+    assert len(data) == len(bank) == rows
+
+
 @pytest.mark.parametrize("header", [
     b"{}", b"[]", b"{", b'{"images":{"dtype":"U8","shape":[1000000000000],"data_offsets":[0,1000000000000]}}',
     b'{"images":{"dtype":"U8","shape":[4,3,8,8],"data_offsets":[700,0]}}',

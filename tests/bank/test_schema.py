@@ -391,3 +391,16 @@ def test_manifest_of_the_largest_plan_stays_under_the_cap_of_a_record():
         make_spec(images=MAX_SHARDS + 1, images_per_shard=1)
     row = {"shard": MAX_SHARDS, "n": 10**6, "bytes": 10**10, "sha256": "0" * 64, "sidecar_sha256": "0" * 64}
     assert MAX_SHARDS * len(dump_json([row])) < MAX_JSON_BYTES
+
+
+def test_the_example_of_the_format_page_reads_a_fixture(monkeypatch):
+    root = Path(__file__).parents[2]
+    text = (root / "synthkit" / "bank" / "FORMAT.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(root)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    bank = Bank("tests/bank/fixtures/schema2")
+    assert set(scope["columns"]) == set(bank.columns)
+    for name, values in scope["columns"].items():
+        np.testing.assert_array_equal(values, bank.column(name))

@@ -18,7 +18,6 @@ from synthkit.errors import DataError
 
 MAX_GROUP = 2 << 30
 """Bytes of one unpacked row group at most: a reader has to hold one of them."""
-_ROWS = 256  # rows that are read at once
 _EXTRA = tuple(name for name in COLUMNS if name not in ("images", "labels"))
 
 
@@ -70,7 +69,7 @@ class _Table:
     """One parquet file."""
 
     def __init__(self, reader: Any, path: Path):
-        from synthkit.data.parquet import image_columns, label_columns, schema_names
+        from synthkit.data.parquet import image_columns, label_columns, rows_at_once, schema_names
 
         self.path, self._reader = path, reader
         with self._open() as file:
@@ -82,6 +81,7 @@ class _Table:
             self.image, self.label = images[0], labels[0] if labels else None
         if sizes and max(sizes) > MAX_GROUP:
             raise DataError(f"{path}: a row group of {max(sizes) / 2**30:.1f} GiB", hint="cap: 2 GiB; write it anew")
+        self._most = rows_at_once(max(sizes, default=0))
         metadata = self._schema.metadata or {}
         self.names = schema_names(metadata, self.label) if self.label else None
         self.extra = [c for c in _EXTRA if c in self._schema.names]
@@ -99,12 +99,12 @@ class _Table:
 
     def _batches(self, columns: list[str], rows: int) -> Iterator[Any]:
         with self._open() as file:
-            yield from file.iter_batches(batch_size=min(rows, _ROWS), columns=columns)
+            yield from file.iter_batches(batch_size=min(rows, self._most), columns=columns)
 
     def heads(self, labels: bool) -> Iterator[tuple[int, bytes, Any]]:
         """(row number, image bytes, label) of every row."""
         number = 0
-        for batch in self._batches([self.image, *([self.label] if labels and self.label else [])], _ROWS):
+        for batch in self._batches([self.image, *([self.label] if labels and self.label else [])], self._most):
             given = batch.column(self.label).to_pylist() if labels else [None] * len(batch)
             for image, label in zip(self._bytes(batch, number), given, strict=True):
                 yield number, image, label
