@@ -22,11 +22,19 @@ def percent(value: float) -> str:
 
 def test_all_measurements_are_there():
     assert {
+        "bank_audit_mnist.json",
+        "bank_stats_mnist.json",
+        "bench_bank.json",
+        "bench_bank_224_two_processes.json",
+        "bench_million.json",
         "bench_steps.json",
         "cifar10_resnet20.json",
         "demo.json",
         "fresh_mixture_mnist.json",
+        "fuzz.json",
         "kill_resume.json",
+        "kills.json",
+        "labels_mnist.json",
         "mnist_full.json",
         "teachers_cifar10.json",
     } <= set(FILES)
@@ -65,3 +73,32 @@ def test_the_bars_hold():
     assert demo["student_top1"]["mean"] >= 0.97 and demo["seconds"] <= 180
     assert max(load("bench_steps.json")["ratio"].values()) <= 1.25
     assert load("kill_resume.json")["equal"] is True
+
+
+def test_readme_says_of_banks_what_was_measured():
+    kills, fuzz, million = load("kills.json"), load("fuzz.json"), load("bench_million.json")["phases"]
+    reads, labels = load("bench_bank.json"), load("labels_mnist.json")["forms"]
+    expected = [
+        *[f"| {bars[f'memmap, {number}']['ratio']:.2f} |" for bars in reads["bars"].values()
+          for number in ("1 process", "2 processes")],
+        f"{kills['kills']} kills", f"{kills['images_compared'] + kills['reader_images']:,} compared",
+        f"{fuzz['inputs']:,} mutated", f"written in {million['write']['seconds']:.0f} s",
+        f"verified in depth in {million['verify']['seconds']:.1f} s",
+        f"{million['read_random']['images_per_second']:,} images/s", f"{million['stream_blocks']['images_per_second']:,}",
+        f"{labels['fp16']['loss_difference']['1']['mean_abs']:.1e}",
+        f"{labels['top5']['loss_difference']['4']['mean_abs']:.2f} at T = 4",
+    ]  # fmt: skip
+    missing = [text for text in expected if text not in README]
+    assert not missing, f"not in README.md as measured: {missing}"
+
+
+def test_the_bars_of_the_bank_hold():
+    kills, fuzz, million, reads = (load(f"{n}.json") for n in ("kills", "fuzz", "bench_million", "bench_bank"))
+    assert kills["kills"] >= 200 and kills["nothing_lost"] and kills["nothing_wrong"] and kills["no_leftovers"]
+    assert kills["all_verified"] and kills["all_equal_in_the_end"]
+    assert fuzz["inputs"] >= 100_000 and fuzz["findings"] == []
+    assert million["ok"] and million["peak_rss_bytes"] < 2 << 30
+    assert all(million["phases"][name]["wrong"] == 0 for name in ("read_random", "stream_random", "stream_blocks"))
+    assert reads["pixels_equal"]
+    for bars in reads["bars"].values():
+        assert all(bar["held"] for bar in bars.values() if bar.get("bar") is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import select
@@ -27,7 +28,7 @@ MAX_FINDINGS = 200
 def fuzz(
     inputs: int, seed: int, work: Path, *, only: list[str] | None = None, stage_class: str = STAGE
 ) -> dict[str, Any]:
-    """Run `inputs` inputs; returns counts per target, memory and findings as plain data.
+    """Run `inputs` inputs or a few more; returns counts per target, memory and findings as plain data.
 
     Args:
         work: where the bank under test lies and findings are saved (`findings/NAME.bin` with NAME.txt beside it).
@@ -51,7 +52,7 @@ def fuzz(
             raise UsageError("bench fuzz: no such target", got=name, allowed=targets)
     chosen = {name: share for name, share in targets.items() if not only or name in only}
     total = sum(chosen.values())
-    plan = {name: max(1, round(inputs * share / total)) for name, share in chosen.items()}
+    plan = {name: math.ceil(inputs * share / total) for name, share in chosen.items()}
     campaign = _Campaign(work, stage, seed, plan, stage_class)
     campaign.run()
     shutil.rmtree(stage)
