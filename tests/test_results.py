@@ -84,7 +84,8 @@ def test_readme_says_of_banks_what_was_measured():
         f"{kills['kills']} kills", f"{kills['images_compared'] + kills['reader_images']:,} compared",
         f"{fuzz['inputs']:,} mutated", f"written in {million['write']['seconds']:.0f} s",
         f"verified in depth in {million['verify']['seconds']:.1f} s",
-        f"{million['read_random']['images_per_second']:,} images/s", f"{million['stream_blocks']['images_per_second']:,}",
+        f"{million['read_random']['images_per_second']:,} images/s",
+        f"{million['stream_blocks']['images_per_second']:,}",
         f"{labels['fp16']['loss_difference']['1']['mean_abs']:.1e}",
         f"{labels['top5']['loss_difference']['4']['mean_abs']:.2f} at T = 4",
     ]  # fmt: skip

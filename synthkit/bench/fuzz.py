@@ -19,7 +19,7 @@ from synthkit.errors import RunError, UsageError
 def main(argv: list[str]) -> int:
     """Parse, fuzz, print JSON; exit code 0 when nothing was found, else 1."""
     parser = Arguments(prog="synthkit bench fuzz", description="Throw mutated files at every reader of a bank.")
-    parser.add_argument("--inputs", type=int, default=100_000, help="number of inputs (100000)")
+    parser.add_argument("--inputs", type=int, default=100_000, help="number of inputs, rounded up per target (100000)")
     parser.add_argument("--seed", type=int, default=0, help="of the mutations")
     parser.add_argument(
         "--engine", choices=("own", "atheris"), default="own", help="own mutators, or atheris (coverage)"

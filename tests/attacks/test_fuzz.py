@@ -21,7 +21,7 @@ def test_a_small_run_finds_nothing(tmp_path):
         == 0
     )
     result = json.loads(out.read_text())
-    assert result["findings"] == [] and result["inputs"] == 1500
+    assert result["findings"] == [] and 1500 <= result["inputs"] < 1520
     for name, row in result["targets"].items():
         assert row["accepted"] + row["refused"] == row["inputs"] > 0, name
         assert row["accepted"] and (row["refused"] or name == "claim"), name  # both ways are really taken
