@@ -285,7 +285,7 @@ def check_records(columns: dict[str, np.ndarray], *, images: int, rows: int, whe
         columns: record columns as stored. images: of the bank. rows: of the label set. where: for the message.
     """
 
-    def need(ok: np.ndarray, name: str, what: str) -> None:
+    def need(ok: Any, name: str, what: str) -> None:
         if not ok.all():
             bad = int(np.flatnonzero(~ok)[0])
             raise BankError(f"{where}: {name} {what}", got=np.asarray(columns[name][bad]).tolist())
