@@ -18,7 +18,7 @@ from synthkit.errors import DataError, RequirementError
 MAX_CLASSES = 1 << 20
 _IMAGE_COLUMNS = ("image", "img", "images", "jpg", "png", "picture")
 _LABEL_COLUMNS = ("fine_label", "label", "labels", "class", "target", "cls")
-_BATCH_BYTES = 1 << 30
+_BATCH_BYTES = 256 << 20
 _PATTERNS = ("*.parquet", "data/*.parquet", "*/*.parquet", "*/*/*.parquet")
 
 
@@ -127,7 +127,7 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
             shared: dict[Any, Any] = {}  # a dictionary may name one huge value in every row: it is kept once
             for batch in file.iter_batches(columns=[image, label], batch_size=rows):
                 column = batch.column(image)
-                values = (column.field("bytes") if is_struct else column).to_pylist()
+                values = binary_values(column.field("bytes") if is_struct else column)
                 images += [shared.setdefault(value, value) for value in values]
                 labels += batch.column(label).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -138,8 +138,18 @@ def _read(reader: Any, path: Path) -> tuple[list[bytes], list[Any], list[str] | 
     return images, labels, schema_names(schema.metadata, label)
 
 
+def binary_values(column: Any) -> list[Any]:
+    """The values of a binary column; rows that share a dictionary entry share the bytes object."""
+    import pyarrow.types as types
+
+    if not types.is_dictionary(column.type):
+        return column.to_pylist()
+    values = column.dictionary.to_pylist()
+    return [None if at is None else values[at] for at in column.indices.to_pylist()]
+
+
 def rows_at_once(group_bytes: int) -> int:
-    """Rows per batch, 1 to 256, such that a batch stays below 1 GiB even when every row names the whole row group.
+    """Rows per batch, 1 to 256: at most 256 MiB (or one row) even when every row names the whole row group.
 
     Parquet may store a value once and name it in every row: unpacked, 2 MB on disk can become terabytes in memory.
     """

@@ -271,7 +271,7 @@ def test_a_parquet_dictionary_that_names_one_huge_value_in_every_row(tmp_path, s
     file = tmp_path / "x.parquet"
     pq.write_table(pa.table({"image": image, "label": [0] * rows}), file, store_schema=stored, compression="zstd")
     assert file.stat().st_size < 1 << 20
-    with memory_bounded(1200 << 20):  # a batch of 1 GiB and the value itself
+    with memory_bounded(1200 << 20):  # some batches of 256 MiB and the value itself
         data = load_data(f"parquet:{file}", "all")  # PIL ignores what follows the image
         bank = import_bank(file, tmp_path / "out")
     assert len(data) == len(bank) == rows

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from workshop import save_teacher, tree
 
 from synthkit.bank import Bank, BankSpec, BankWriter
 from synthkit.bank import state as states
@@ -15,7 +16,6 @@ from synthkit.cli.bank import main
 from synthkit.errors import BankError, ModelError, OutputExistsError, UsageError
 from synthkit.evaluation.duplicates import find_duplicates
 from synthkit.evaluation.features import pixel_source
-from tests.workshop import save_teacher, tree
 
 from .banks import fill, make_spec, shard_arrays
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from bank.banks import fill, make_bank, make_spec
+from bank.hub_server import Hub, Misbehaviour, RepoState
 from synthkit.bank import Bank, BankWriter, state
 from synthkit.bank.errors import HubError
 from synthkit.bank.hub.common import is_bank_file, parse_repo, redacted
 from synthkit.bank.seal import signed
 from synthkit.errors import BankError, OutputExistsError, RequirementError, StorageError, SynthkitError, UsageError
-from tests.bank.banks import fill, make_bank, make_spec
-from tests.bank.hub_server import Hub, Misbehaviour, RepoState
 
 pytest.importorskip("huggingface_hub")
 REPO = parse_repo("me/bank")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from workshop import save_teacher
 
 from synthkit.bank import Bank
 from synthkit.bank.make import bank_from_arrays, noise_images
@@ -19,7 +20,6 @@ from synthkit.evaluation.copies import find_copies
 from synthkit.evaluation.features import Images, pixel_source
 from synthkit.evaluation.neighbours import Neighbours, nearest
 from synthkit.evaluation.privacy import _membership, audit, chance_limit
-from tests.workshop import save_teacher
 
 MNIST = Path(__file__).resolve().parents[3] / "shared" / "data"
 

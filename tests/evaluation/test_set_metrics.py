@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from workshop import save_teacher
 
 from synthkit.bank import Bank
 from synthkit.bank.make import bank_from_arrays
@@ -25,7 +26,6 @@ from synthkit.evaluation.set_metrics import (
 from synthkit.evaluation.stats import bank_stats
 from synthkit.models.build import load_model
 from synthkit.models.view import TeacherView
-from tests.workshop import save_teacher
 
 
 def cloud(n: int, width: int = 6, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
@@ -258,8 +258,9 @@ def test_stats_command(tmp_path, capsys):
 
 
 def test_stats_of_an_empty_bank(tmp_path):
+    from bank.banks import make_spec
+
     from synthkit.bank import BankWriter
-    from tests.bank.banks import make_spec
 
     bank = Bank(BankWriter.create(tmp_path / "b", make_spec()).path)
     with pytest.raises(BankError, match="no shard"):

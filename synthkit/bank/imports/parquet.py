@@ -128,8 +128,10 @@ class _Table:
     def _bytes(self, batch: Any, number: int) -> list[bytes]:
         import pyarrow
 
+        from synthkit.data.parquet import binary_values
+
         column = batch.column(self.image)
-        images = (column.field("bytes") if pyarrow.types.is_struct(column.type) else column).to_pylist()
+        images = binary_values(column.field("bytes") if pyarrow.types.is_struct(column.type) else column)
         if any(image is None for image in images):
             row = number + images.index(None)
             raise DataError(f"{self.path}: row {row} holds no image bytes (only a path?)", hint="store the bytes")

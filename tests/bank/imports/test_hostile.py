@@ -315,8 +315,8 @@ def test_parquet_that_is_none(tmp_path):
 
 
 def mds(folder, **changes):
+    from bank.banks import make_bank
     from synthkit.bank.export import export
-    from tests.bank.banks import make_bank
 
     make_bank(folder.parent / "b0", images=8, images_per_shard=8)
     export(folder.parent / "b0", "mds", folder)

@@ -7,11 +7,11 @@ import json
 import numpy as np
 import pytest
 
+from bank.banks import make_bank, make_spec, shard_arrays
 from synthkit.bank import Bank, BankWriter, state
 from synthkit.bank.export import export
 from synthkit.bank.imports import ImportOptions, guess, import_bank
 from synthkit.errors import DataError, UsageError
-from tests.bank.banks import make_bank, make_spec, shard_arrays
 
 FORMATS = ["imagefolder", "parquet", "webdataset", "mds", "npz", "safetensors"]
 
