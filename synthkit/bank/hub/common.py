@@ -164,8 +164,12 @@ def _translated(error: Exception, repo: Repo, doing: str) -> HubError | None:
     return None
 
 
+# packages whose errors mean trouble with the network; huggingface_hub 2 talks through httpx2
+_CLIENTS = ("httpx", "httpcore", "httpx2", "httpcore2", "requests", "urllib3", "huggingface_hub")
+
+
 def _is_transport(error: BaseException) -> bool:
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+    return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
 def redacted(error: object) -> str:
