@@ -90,6 +90,24 @@ _add(
         "convnet_d6": "ConvNet, depth 6 (256x256 images)",
     },
 )
+_add(
+    "dd",
+    "Dataset distillation",
+    {
+        "mlp": "three linear layers of width 128",
+        "lenet_dd": "LeNet with max-pooling, no BatchNorm (grey 28x28 or colour 32x32)",
+        "alexnet_dd": "AlexNet for 32x32 images, no normalisation",
+        "alexnet_dd_bn": "AlexNet for 32x32 images, BatchNorm",
+        "vgg11_in": "VGG-11, instance norm",
+        "vgg11_dd_bn": "VGG-11, BatchNorm, max-pooling after every block (torch's default initialisation)",
+        "resnet18_in": "ResNet-18 with a 3x3 stem, instance norm",
+        "resnet18_ap_in": "ResNet-18 with average pooling for strides, instance norm",
+        "resnet18_ap_bn": "ResNet-18 with average pooling for strides, BatchNorm",
+    },
+)
+
+DD_NETWORKS = tuple(name for name, row in ARCHITECTURES.items() if row[0].startswith("synthkit.models.dd:"))
+"""Networks that pad grey images from 28 to 32 pixels by themselves, as the ConvNets do."""
 
 ALIASES: dict[str, str] = {
     "r18": "resnet18",
@@ -118,7 +136,7 @@ def default_input(name: str, channels: int | None = None) -> tuple[int, int]:
     """(in_channels, image_size) that an architecture takes when nothing else says so."""
     if name.startswith("lenet5"):
         return 1, 32
-    if name.startswith("convnet") and channels == 1:
+    if channels == 1 and (name.startswith("convnet") or name in DD_NETWORKS):
         return 1, 28
     if name.endswith("_tiny"):
         return 3, 64

@@ -58,6 +58,41 @@ def test_convnets_of_dataset_distillation(row):
         assert net.classifier.in_features == row["features"]
 
 
+@pytest.mark.parametrize("row", REFERENCE["dd"], ids=_ids(REFERENCE["dd"]))
+def test_other_networks_of_dataset_distillation(row):
+    with torch.device("meta"):
+        net = build_model(row["arch"], num_classes=row["classes"], in_channels=row["channels"], image_size=row["size"])
+        logits = net(torch.empty(2, row["channels"], row["size"], row["size"]))
+    assert (count_parameters(net), len(list(net.parameters())), _buffers(net)) == (
+        row["params"],
+        row["tensors"],
+        row["buffers"],
+    )
+    assert tuple(logits.shape) == (2, row["classes"])
+    if row["features"] is not None:
+        assert [m for m in net.modules() if isinstance(m, nn.Linear)][-1].in_features == row["features"]
+
+
+def test_average_pooling_halves_like_a_stride():
+    """With 1x1 convolutions of weight one the block keeps the mean of every 2x2 square on its shortcut."""
+    from synthkit.models.dd import Block
+
+    block = Block(1, 1, half=True, norm="instance", average=True)
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+        block.norm2.bias.zero_()
+        block.shortcut[0].weight.fill_(1.0)
+        block.shortcut[2] = nn.Identity()
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    assert block(x).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_sizes_that_the_distillation_networks_refuse():
+    for name, channels, size in (("lenet_dd", 3, 28), ("lenet_dd", 1, 32), ("vgg11_in", 3, 16), ("alexnet_dd", 3, 4)):
+        with pytest.raises(ModelError):
+            build_model(name, num_classes=10, in_channels=channels, image_size=size)
+
+
 @pytest.mark.parametrize("row", REFERENCE["taps"], ids=_ids(REFERENCE["taps"]))
 def test_taps_and_shapes_of_the_distillation_tables(row):
     net = build_model(row["arch"], num_classes=row["classes"], seed=0)
