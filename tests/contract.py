@@ -29,14 +29,22 @@ from synthkit import tables
 from synthkit.bank import Bank, BankWriter
 from synthkit.config.fields import describe
 from synthkit.config.parse import config_to_dict, dump_config, parse_config
-from synthkit.synthesis import engine
-from synthkit.synthesis.base import ImageBatch, Makes, Requires, Synthesizer, flatten_state, unflatten_state
+from synthkit.synthesis import engine, run
+from synthkit.synthesis.base import (
+    ImageBatch,
+    Requires,
+    Synthesizer,
+    flatten_state,
+    makes_of,
+    requirements,
+    unflatten_state,
+)
 from synthkit.synthesis.curriculum import Curriculum
 from synthkit.synthesis.record import RunRecord
 from synthkit.synthesis.shards import ShardRun
 
 SECTIONS = ("Source:", "Cost:")
-COLUMNS = ("images", "labels", "logits", "difficulty")
+COLUMNS = ("images", "labels", "logits", "difficulty", "pixels")
 ROOT = Path(__file__).parents[1]
 
 
@@ -69,6 +77,16 @@ def equal_states(left: dict[str, Any], right: dict[str, Any]) -> bool:
     return plain_a == plain_b and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def whole(batches: list[ImageBatch | None]) -> list[ImageBatch]:
+    """The batches without the safe points among them."""
+    return [batch for batch in batches if batch is not None]
+
+
+def batches_of(method: Synthesizer) -> list[ImageBatch]:
+    """What a run yields, without its safe points."""
+    return whole(list(method.generate()))
+
+
 class SynthesizerContract:
     """Derive from it, set `name` and `options`."""
 
@@ -84,6 +102,10 @@ class SynthesizerContract:
     """Settings of that longer run."""
     inner: ClassVar[dict[str, tuple[int, ...]]] = {}
     """Functions of the method inside which a run is killed, each at these calls one run after the other."""
+    arrivals: ClassVar[tuple[int, ...]] = (9, 12, 11)
+    """Of a sequential method: the batches at whose arrival a run is killed, one run after the other."""
+    safe_points: ClassVar[tuple[int, ...]] = ()
+    """The same for its safe points (the None's that it yields), at each of which the state is stored in these tests."""
     images: ClassVar[int] = 37
     """Images asked for; not a round number, so that remainders are met."""
     of_task: ClassVar[dict[str, Any]] = {}
@@ -97,6 +119,10 @@ class SynthesizerContract:
     def method(self) -> Any:
         return tables.lookup("method", self.name)
 
+    @property
+    def shardable(self) -> bool:
+        return requirements(self.method, self.config()).shardable
+
     def config(self, **overrides: Any) -> Any:
         return self.method.Config(**{**self.options, **overrides})
 
@@ -104,14 +130,14 @@ class SynthesizerContract:
         return self.method(self.config(**(settings or {})), task(**{"images": self.images, **self.of_task, **of_task}))
 
     def run(self, **of_task: Any) -> list[ImageBatch]:
-        return list(self.build(**of_task).generate())
+        return batches_of(self.build(**of_task))
 
     @pytest.fixture(scope="class")
     @classmethod
     def finished(cls) -> tuple[Synthesizer, list[ImageBatch]]:
         """One finished run that several tests look at."""
         method = cls().build()
-        return method, list(method.generate())
+        return method, batches_of(method)
 
     # ---- config and table ------------------------------------------------------------------------------------
 
@@ -148,7 +174,7 @@ class SynthesizerContract:
         assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
     def test_declares_what_it_requires(self):
-        assert isinstance(self.method.requires, Requires)
+        assert isinstance(requirements(self.method, self.config()), Requires)
 
     # ---- what flows ------------------------------------------------------------------------------------------
 
@@ -190,7 +216,7 @@ class SynthesizerContract:
         if batches[0].logits is not None:
             logits = torch.cat([b.logits for b in batches])
             torch.testing.assert_close(logits.half().float(), truth, rtol=2e-3, atol=2e-3)
-        if batches[0].labels is not None and getattr(method, "makes", Makes()).label_kind == "argmax":
+        if batches[0].labels is not None and makes_of(self.method, method.config).label_kind == "argmax":
             labels = torch.cat([b.labels for b in batches])
             top = truth.topk(2).values
             clear = top[:, 0] - top[:, 1] > 1e-4  # a tie may be broken either way in another batch size
@@ -297,13 +323,15 @@ class SynthesizerContract:
         for batch in method.generate():
             batches.append(batch)
             states.append(frozen_copy(method.state_dict()))
+        safe = [batch is None for batch in batches]
         end = frozen_copy(method.state_dict())
         for k in range(0, len(states), max(1, len(states) // 12)):
             again = self.build()
             again.load_state_dict(states[k])
             assert equal_states(frozen_copy(again.state_dict()), states[k]), f"state {k} is not taken over whole"
             rest = list(again.generate())
-            assert equal_runs(rest, batches[k + 1 :]), f"the continuation of yield {k} differs"
+            assert [batch is None for batch in rest] == safe[k + 1 :]
+            assert equal_runs(whole(rest), whole(batches[k + 1 :])), f"the continuation of yield {k} differs"
             assert equal_states(frozen_copy(again.state_dict()), end), f"the end after yield {k} differs"
 
     def test_state_is_a_function_of_the_run_alone(self):
@@ -313,7 +341,7 @@ class SynthesizerContract:
         for batch in curious.generate():
             curious.state_dict(), curious.student(), curious.snapshot()
             batches.append(batch)
-        assert equal_runs(batches, self.run())
+        assert equal_runs(whole(batches), self.run())
 
     def test_estimate_changes_nothing(self, finished):
         method = self.build()
@@ -321,7 +349,7 @@ class SynthesizerContract:
         estimate = method.estimate()
         assert estimate["seconds"] > 0 and estimate["memory_bytes"] > 0
         assert equal_states(frozen_copy(method.state_dict()), before)
-        assert equal_runs(list(method.generate()), finished[1])
+        assert equal_runs(batches_of(method), finished[1])
 
     # ---- curriculum ------------------------------------------------------------------------------------------
 
@@ -334,14 +362,13 @@ class SynthesizerContract:
 
     def test_a_shard_alone_equals_its_part_of_the_whole(self):
         """Shard by shard, in any order and by fresh instances: a pure function of (seed, index)."""
-        if not self.method.requires.shardable:
-            assert not hasattr(self.method, "generate_shard")
+        if not self.shardable:
             return
-        whole = torch.cat([batch.images for batch in self.run(images_per_shard=10)])
+        every = torch.cat([batch.images for batch in self.run(images_per_shard=10)])
         for index in (2, 0, 3, 1):
             count = min(10, self.images - 10 * index)
             batches = list(self.build(images_per_shard=10).generate_shard(index, count))  # type: ignore[attr-defined]
-            assert torch.equal(torch.cat([batch.images for batch in batches]), whole[10 * index : 10 * index + count])
+            assert torch.equal(torch.cat([batch.images for batch in batches]), every[10 * index : 10 * index + count])
 
     # ---- under the engine ------------------------------------------------------------------------------------
 
@@ -361,21 +388,25 @@ class SynthesizerContract:
         return parse_config("synthesize", {**values, **self.of_config, **overrides})
 
     def test_killed_and_resumed_equals_uninterrupted(self, tmp_path, monkeypatch):
-        whole = shard_hashes(engine.synthesize(self.engine_config(tmp_path, "whole")).path)
-        assert sorted(whole) == [0, 1, 2, 3, 4]
+        unbroken = shard_hashes(engine.synthesize(self.engine_config(tmp_path, "whole")).path)
+        assert sorted(unbroken) == [0, 1, 2, 3, 4]
         independent = {
-            "while a shard is made": (self.method, "_batch", (3, 4, 2)),
+            "while a shard is made": (self.method, "make_batch", (3, 4, 2)),
             "before a shard": (ShardRun, "_take", (2, 2, 2)),
             "between shard and record": (BankWriter, "_check_claim", (4, 2, 2)),
             "after a shard": (RunRecord, "progress", (1, 2, 1)),
         }
         sequential = {
-            "as images arrive": (engine.Run, "_take", (9, 12, 11)),
+            "as images arrive": (engine.Run, "_take", self.arrivals),
+            "before a state within a shard": (BankWriter, "save_progress", self.safe_points),
+            "after a state within a shard": (RunRecord, "progress", self.safe_points),
             "before a state": (engine.Run, "_save_state", (1, 2, 2)),
             "between state and shard": (BankWriter, "write_shard", (1, 2, 2)),
             "after a shard": (BankWriter, "prune_states", (1, 2, 1)),
         }
-        places = independent if self.method.requires.shardable else sequential
+        places = independent if self.shardable else sequential
+        monkeypatch.setattr(run, "SAFE_POINT_SECONDS", 0)
+        places = {moment: place for moment, place in places.items() if place[2]}
         places |= {f"in {name}": (self.method, name, calls) for name, calls in self.inner.items()}
         for number, (moment, (owner, function, calls)) in enumerate(places.items()):
             config = self.engine_config(tmp_path, f"killed{number}")
@@ -387,7 +418,7 @@ class SynthesizerContract:
                 report = Bank(config.out).verify(deep=True)
                 assert report.ok, f"killed {moment}: {report.problems}"
             bank = engine.synthesize(config)
-            assert shard_hashes(bank.path) == whole, f"killed {moment}"
+            assert shard_hashes(bank.path) == unbroken, f"killed {moment}"
             assert bank.complete and bank.verify(deep=True).ok
 
 

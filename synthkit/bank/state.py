@@ -166,3 +166,11 @@ def prune(folder: Path, keep: int) -> None:
             path = entry_path(folder, index)
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove all entries of `folder`, records first, and the folder."""
+    with storage_errors("state", folder):
+        for path in sorted(folder.iterdir(), key=lambda p: p.suffix != ".json"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()

@@ -79,7 +79,7 @@ class BankWriter:
             changed = differences(writer.spec.identity(), expect.identity())
             raise BankMismatchError(f"{path}: this bank was begun with another recipe ({'; '.join(changed[:6])})",
                                     hint="resume with the same settings, or choose another --out")  # fmt: skip
-        for folder in ("", "shards", "state", "generators", "transform"):
+        for folder in ("", "shards", "state", "progress", "generators", "transform"):
             with storage_errors("bank", writer.path):
                 clean_stale_temps(writer.path / folder)
         if not writer.missing():
@@ -196,6 +196,27 @@ class BankWriter:
         """The newest whole state that the unbroken row of committed shards 0, 1, ... reaches: (index, arrays, meta)."""
         missing = self.missing()
         return state.newest_state(self.path / "state", missing[0] if missing else self.shards)
+
+    def save_progress(self, index: int, step: int, arrays: Mapping[str, Any], meta: dict[str, Any]) -> None:
+        """Commit the engine's state at `step` within shard `index`, in place of the one stored there before."""
+        self._require_bank()
+        state.save_entry(self.path / "progress", step, arrays, {**meta, "shard": index})
+        state.prune(self.path / "progress", keep=1)
+
+    def load_progress(self) -> tuple[int, dict[str, np.ndarray], dict[str, Any]] | None:
+        """The newest whole state within the first missing shard: (index of the shard, arrays, meta)."""
+        missing = self.missing()
+        found = state.newest_state(self.path / "progress", limit=10**12)
+        if found is None or not missing or found[2].get("shard") != missing[0]:
+            return None
+        return missing[0], found[1], found[2]
+
+    def drop_progress(self) -> None:
+        """Remove what `save_progress` stored: the shard that it led to is committed."""
+        folder = self.path / "progress"
+        if folder.is_dir():
+            self._require_bank()
+            state.clear(folder)
 
     def prune_states(self, keep: int = 2) -> None:
         """Remove all but the newest `keep` states."""

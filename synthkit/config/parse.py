@@ -227,7 +227,9 @@ class _Build:
             values.update({self.plugin: part, f"{self.plugin}_name": self.name})
         _check_tables(values)
         if self.command == "synthesize":
-            _check_needs(values, tables.lookup("method", self.name).requires)
+            from synthkit.synthesis.base import requirements
+
+            _check_needs(values, requirements(tables.lookup("method", self.name), values["method"]))
         return _instance(self.spec.config, values)
 
     def help(self) -> str:

@@ -34,6 +34,12 @@ class Requires:
     """BatchNorm layers in the teacher."""
     real_data: bool = False
     """A real dataset."""
+    optional_data: bool = False
+    """Real data is used when it is given."""
+    max_teachers: int = 1
+    """Teachers that the method can listen to at once."""
+    networks: tuple[str, ...] = ()
+    """Fields of the config that may name a further network (a verifier, a fixed student): the engine loads them."""
     grad: bool = True
     """Gradients through the teacher (a black-box teacher has none)."""
     shardable: bool = False
@@ -50,6 +56,20 @@ class Makes:
     """What the labels mean. Argmax without a teacher means that there are none."""
     contains_real: bool = False
     """Whether the images are, or start from, real pixels of the task's data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankFacts:
+    """What a method knows, once it is built, that belongs into the record of its bank."""
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    """JSON data that decides the images and stands nowhere in the config (hash of a checkpoint, of a buffer)."""
+    transform: tuple[str, dict[str, np.ndarray], dict[str, Any]] | None = None
+    """(kind, arrays, further facts) of the space in which `ImageBatch.pixels` live; none is pixel space."""
+    real_data_used: bool | None = None
+    """Set where the method looked at real data in a way that the engine cannot see (a checkpoint trained on it)."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping; not part of the identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +102,11 @@ class ImageBatch:
     """(B,) float, e.g. the KD loss of a reference student."""
     step: int = 0
     """Step of the method at which the images were made."""
+    pixels: Tensor | None = None
+    """(B, C, H, W) float: the pixels to train on, where they leave [0, 1] or live behind the transform of `BankFacts`;
+    `images` then is their viewable form."""
+    meta: dict[str, float] = field(default_factory=dict)
+    """Figures for the record of the shard; `learning_rate` is the learnt step size of a distilled set."""
 
 
 @dataclass(kw_only=True)
@@ -124,8 +149,10 @@ class Task:
     """Size and classes of the images; none takes the teacher's (see `image_spec`)."""
     images_per_shard: int | None = None
     """Images in every shard but the last; none is one shard."""
+    networks: dict[str, TeacherView] = field(default_factory=dict)
+    """Further frozen networks by the config field that names them (see `Requires.networks`)."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Family-specific parts (several teachers' weights, ...)."""
+    """Family-specific parts (the teacher's architecture, ...)."""
 
     @property
     def teacher(self) -> TeacherView:
@@ -174,8 +201,12 @@ class Synthesizer(Protocol):
 
     def __init__(self, config: Any, task: Task): ...
 
-    def generate(self) -> Iterator[ImageBatch]:
-        """Yield `task.images` images in all; while paused at a yield, `state_dict` is enough to go on."""
+    def generate(self) -> Iterator[ImageBatch | None]:
+        """Yield `task.images` images in all; while paused at a yield, `state_dict` is enough to go on.
+
+        A yielded None is a safe point without images: a method whose images come late (or all at the end) offers them
+        often, and the engine stores the state there now and then.
+        """
         ...
 
     # With `Requires(shardable=True)` also:
@@ -190,6 +221,15 @@ class Synthesizer(Protocol):
         """Go on where `state_dict` was taken."""
         ...
 
+    # Where they apply:
+    # @classmethod
+    # def requires_for(cls, config) -> Requires: what it needs with this config
+    # @classmethod
+    # def makes_for(cls, config) -> Makes: what bank it makes with this config
+    # @classmethod
+    # def image_spec_for(cls, config) -> ImageSpec | None: size and classes, where the method itself brings them
+    # def facts(self) -> BankFacts: for the record of the bank
+
     def estimate(self) -> dict[str, float]:
         """{"seconds", "memory_bytes"} that the whole run will take, measured on a small throw-away piece."""
         ...
@@ -201,6 +241,16 @@ class Synthesizer(Protocol):
     def student(self) -> ModelView | None:
         """The co-trained student, or None where the method has none."""
         ...
+
+
+def requirements(method: Any, config: Any) -> Requires:
+    """What `method` (a class) cannot work without when it runs with `config`."""
+    return method.requires_for(config) if hasattr(method, "requires_for") else method.requires
+
+
+def makes_of(method: Any, config: Any) -> Makes:
+    """What kind of bank `method` (a class) makes when it runs with `config`."""
+    return method.makes_for(config) if hasattr(method, "makes_for") else getattr(method, "makes", Makes())
 
 
 def flatten_state(state: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,8 +13,8 @@ from synthkit.synthesis.base import to_uint8
 if TYPE_CHECKING:
     from synthkit.synthesis.base import ImageBatch
 
-COLUMNS = ("images", "labels", "logits", "difficulty", "origin_step")
-_DTYPES = {"labels": np.int32, "logits": np.float16, "difficulty": np.float32}
+COLUMNS = ("images", "labels", "logits", "difficulty", "images_f16", "origin_step")
+_DTYPES = {"labels": np.int32, "logits": np.float16, "difficulty": np.float32, "images_f16": np.float16}
 
 
 def arrays_of(batch: ImageBatch) -> dict[str, np.ndarray]:
@@ -24,6 +24,7 @@ def arrays_of(batch: ImageBatch) -> dict[str, np.ndarray]:
         "labels": batch.labels,
         "logits": batch.logits,
         "difficulty": batch.difficulty,
+        "images_f16": batch.pixels,
     }
     arrays = {}
     for name, value in values.items():

@@ -2,10 +2,12 @@
 
 `easy2hard` maps training progress to what a family makes harder: sample weights and the adversarial ramp (generator
 methods), crop scale (inversion), the expert's window (matching), guidance (diffusion). This file holds the parts that
-do not depend on a method: self-paced weights, their age parameter and the ramp.
+do not depend on a method: self-paced weights and their age (generator), and what the ramp raises in each family.
 
 Source: CuDFKD (Li et al., Information Sciences 2023, arXiv 2208.13648), ljrprocc/DataFree@bf3096b
-`datafree/datasets/utils.py`; self-paced learning (Kumar et al. 2010), log regulariser as published there.
+`datafree/datasets/utils.py`; self-paced learning (Kumar et al. 2010), log regulariser as published there; crops of CDA
+(Yin & Shen, TMLR 2024, arXiv 2311.18838), VILA-Lab/SRe2L@8d00cba; trajectory window of DATM (Guo et al., ICLR 2024,
+arXiv 2310.05773), NUS-HPC-AI-Lab/DATM@97ae510.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Literal["log", "hard", "soft", "none"]
+CropForm = Literal["cosine", "linear", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +116,33 @@ def adversarial_weight(epoch: int, epochs: int, start: float, growth: float, beg
     """
     first, last = int(epochs * begin), int(epochs * end)
     return start + growth * max(0, min(epoch - 1, last - 1) - first)
+
+
+def crop_lower_bound(progress: float, form: CropForm = "cosine", milestone: float = 1.0, low: float = 0.08) -> float:
+    """Smallest area of a random crop: 1 (whole image, easy) at first, `low` (small parts, hard) from `milestone` on.
+
+    With p = progress / milestone < 1: cosine: low + (1 - low) (1 + cos(pi p)) / 2; linear: low + (1 - low) (1 - p);
+    step: 1.
+
+    Args:
+        progress: t / T of the optimisation, in [0, 1].
+        milestone: share of the iterations over which the bound falls.
+    """
+    if progress >= milestone:
+        return low
+    p = progress / milestone
+    share = {"cosine": 0.5 * (1 + math.cos(math.pi * p)), "linear": 1 - p, "step": 1.0}[form]
+    return low + (1 - low) * share
+
+
+def trajectory_window(step: int, first: int, last: int, grow: int) -> int:
+    """Exclusive upper end of the start epochs of expert trajectories: early (easy) epochs first, later ones by and by.
+
+    min(last, first + floor((last - first) step / grow)): `first` at step 0, `last` from step `grow` on.
+    """
+    return min(last, first + (last - first) * step // grow)
+
+
+def rising(progress: float, start: float, end: float) -> float:
+    """`start` at progress 0, `end` at 1, linear between (progress is clamped to [0, 1])."""
+    return start + (end - start) * min(1.0, max(0.0, progress))

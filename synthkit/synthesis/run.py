@@ -6,6 +6,7 @@ committed shards reach always exists, and a resumed run ends with the same bytes
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from synthkit.synthesis.record import RunRecord
 if TYPE_CHECKING:
     from synthkit.models.view import ModelView, TeacherView
 
+SAFE_POINT_SECONDS = 60.0  # between two stored states of a method whose images come late
 LONG = 6 * 3600  # seconds after which a newcomer is told how to make it shorter
 
 
@@ -59,6 +61,8 @@ class Run:
         self.config, self.writer, self.method, self.task = record.config, writer, method, task
         self.record, self.evaluation, self.licence, self.runtime = record, evaluation, licence, task.runtime
         self.pending: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+        self.meta: dict[str, float] = {}  # of the latest batch
+        self._saved = time.monotonic()
         self.ahead = 0  # states of later shards, which a run that re-makes a lost shard must not push out
 
     def unfinished(self) -> bool:
@@ -72,7 +76,7 @@ class Run:
         """Generate until the last shard is committed."""
         first = self.resume()
         self._steps_before = self.method.step
-        if first == 0:
+        if self.method.step == 0:
             announce(self.method, self.writer, self.record)
         self.record.begin(first)
         with self.runtime.progress(
@@ -100,34 +104,39 @@ class Run:
         """Load the newest state that the committed shards reach; returns the first shard to make."""
         first = self._load_state()
         self.ahead = sum(1 for index in entries(self.writer.path / "state") if index > first)
-        if first:
+        if self.method.step:
             self.runtime.say(f"resuming at shard {first} of {self.writer.shards}, step {self.method.step}")
         return first
 
     def _load_state(self) -> int:
-        found = self.writer.load_state()
+        found = self.writer.load_progress() or self.writer.load_state()
         if found is None:
             return 0
         index, arrays, meta = found
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
         pending = {name: tensors.pop(f"pending/{name}") for name in COLUMNS if f"pending/{name}" in tensors}
         self.pending = {name: [pending[name].numpy()] if name in pending else [] for name in COLUMNS}
+        self.meta = meta.get("meta", {})
         self.method.load_state_dict(unflatten_state(tensors, meta["plain"]))
         return index
 
-    def _shards(self, first: int, batches: Iterator[ImageBatch]) -> None:
+    def _shards(self, first: int, batches: Iterator[ImageBatch | None]) -> None:
         missing = set(self.writer.missing())  # after a repair: lost shards among whole ones
         for index in range(first, self.writer.shards):
             size = self.writer.shard_size(index)
             while self._pending_images() < size:
-                batch = next(batches, None)
-                if batch is None:
+                try:
+                    batch = next(batches)
+                except StopIteration:
                     made = index * self.writer.spec.per_shard + self._pending_images()
                     raise RunError(
                         f"{self.config.method_name} stopped after {made} of {self.writer.spec.images} images",
                         hint="an error of the method: it must yield as many as it is asked for",
-                    )
-                self._take(batch)
+                    ) from None
+                if batch is None:
+                    self._safe_point(index)
+                else:
+                    self._take(batch)
             columns = {name: np.concatenate(parts) for name, parts in self.pending.items() if parts}
             self.pending = {name: [values[size:]] if len(values) > size else [] for name, values in columns.items()}
             self.pending = {name: self.pending.get(name, []) for name in COLUMNS}
@@ -139,9 +148,10 @@ class Run:
             shard = {name: values[:size] for name, values in columns.items()}
             shard["origin_seed"] = np.full(size, self.config.seed, np.uint64)
             if index in missing:
-                self.writer.write_shard(index, shard, {"step": self.method.step})
+                self.writer.write_shard(index, shard, {**self.meta, "step": self.method.step})
                 missing.discard(index)
             self.writer.prune_states(keep=2 + self.ahead if missing else 1)
+            self.writer.drop_progress()
             self.record.progress(self.method.step - self._steps_before)
             if not missing:
                 return
@@ -152,12 +162,23 @@ class Run:
     def _take(self, batch: ImageBatch) -> None:
         for name, array in arrays_of(batch).items():
             self.pending[name].append(array)
+        self.meta = batch.meta
 
-    def _save_state(self, index: int) -> None:
+    def _state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, plain = flatten_state(self.method.state_dict())
         arrays = {name: value.detach().cpu().contiguous().numpy() for name, value in tensors.items()}
         arrays |= {f"pending/{name}": np.concatenate(parts) for name, parts in self.pending.items() if parts}
-        self.writer.save_state(index, arrays, {"plain": plain})
+        return arrays, {"plain": plain, "meta": self.meta}
+
+    def _save_state(self, index: int) -> None:
+        self.writer.save_state(index, *self._state())
+
+    def _safe_point(self, index: int) -> None:
+        """Store the state within shard `index`, unless that was done a moment ago."""
+        if time.monotonic() - self._saved >= SAFE_POINT_SECONDS:
+            self.writer.save_progress(index, self.method.step, *self._state())
+            self.record.progress(self.method.step - self._steps_before)
+            self._saved = time.monotonic()
 
     def _save_snapshot(self, index: int) -> None:
         count = getattr(self.config.method, "snapshots", 0)

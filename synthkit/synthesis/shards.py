@@ -44,14 +44,16 @@ class ShardRun:
             self.task.runtime.say(f"{len(self.shards) - len(missing)} of {len(self.shards)} shards are there already")
         self.record.begin(missing[0] if len(missing) < len(self.shards) and missing else 0)
         sizes = [self.writer.shard_size(index) for index in missing]
-        spec, done = self.writer.spec, 0
-        with self.task.runtime.progress(sum(sizes), f"{self.record.config.method_name} images") as bar:
+        spec, done, work = self.writer.spec, 0, self.method.work_per_image
+        unit = "images" if work == 1 else f"image steps ({work:,} an image)"
+        with self.task.runtime.progress(sum(sizes) * work, f"{self.record.config.method_name} {unit}") as bar:
             self.record.bar, self.task.tick = bar, bar.update
             self.task.log, self.task.warn = self.record.log, self.record.warn
             for index, size in zip(missing, sizes, strict=True):
-                columns = columns_of(self._take(index, size))
+                batches = self._take(index, size)
+                columns = columns_of(batches)
                 columns["origin_seed"] = np.full(size, spec.seed, np.uint64)
-                self.writer.write_shard(index, columns, {"shard": index})
+                self.writer.write_shard(index, columns, {**batches[-1].meta, "shard": index})
                 done += size
                 self.record.progress(done)
         left = len(self.writer.missing())

@@ -29,7 +29,8 @@ PART_MAKERS: tuple[str, ...] = ("synthkit.bank.labels.check:label_parts",)
 
 # What a bank's folder may hold; anything else is noted.
 KNOWN_NAMES = {
-    "bank.json", "manifest.json", "README.md", "shards", "labels", "state", "generators", "transform", "quarantine",
+    "bank.json", "manifest.json", "README.md", "shards", "labels", "state", "progress", "generators", "transform",
+    "quarantine",
     "run.json", "metrics.jsonl", "workers", "student", "report.html", "assets",
 }  # fmt: skip
 MAX_NOTES = 50
@@ -240,7 +241,7 @@ def parts(context: Context) -> Iterator[Part]:
     """All parts of a bank, in the order in which they are checked."""
     yield Part("manifest", lambda found: _check_manifest(context, found), (context.path / "manifest.json",), True)
     yield from _guarded("shards", _shards(context))
-    for folder in ("state", "generators", "transform"):
+    for folder in ("state", "progress", "generators", "transform"):
         yield from _guarded(folder, _entries(context, folder))
     for maker in PART_MAKERS:
         module, _, function = maker.partition(":")
@@ -320,7 +321,7 @@ def _entries(context: Context, folder: str) -> Iterator[Part]:
     for index in indices:
         file = state.entry_path(context.path / folder, index)
         yield Part(f"{folder} {index}", lambda found, i=index: _check_entry(context, folder, i, found),
-                   (file.with_suffix(".json"), file), folder != "state")  # fmt: skip
+                   (file.with_suffix(".json"), file), folder not in ("state", "progress"))  # fmt: skip
 
 
 def _check_entry(context: Context, folder: str, index: int, found: Findings) -> None:
