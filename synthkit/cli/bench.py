@@ -10,7 +10,7 @@ BENCHES = {
     "bank": "random-batch images/s of a bank, a memory map, ImageFolder, WebDataset and MDS",
     "million": "a bank of a million images written, verified and read at random within 2 GiB of memory",
     "labels": "stored labels of views, dense and top-k, against the live teacher on the same views",
-    "steps": "CPU seconds of CuDFKD's generator and KD step against the bare networks",
+    "steps": "CPU seconds of the steps of each engine family against the bare networks",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
     "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
