@@ -56,6 +56,8 @@ class Makes:
     """What the labels mean. Argmax without a teacher means that there are none."""
     contains_real: bool = False
     """Whether the images are, or start from, real pixels of the task's data."""
+    at_once: bool = False
+    """Whether all images come at the end, so that many small shards would save nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

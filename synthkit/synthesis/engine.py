@@ -58,7 +58,7 @@ def synthesize(config: SynthesizeConfig) -> Bank:
         warn=early.append,
         data=source.data,
         spec=source.spec,
-        images_per_shard=planned_shard(config, images, source.spec),
+        images_per_shard=planned_shard(config, images, source.spec, method_class),
         networks={name: network.view for name, network in source.networks.items()},
         extra={"teacher_arch": source.teacher_models[0].card.arch} if source.teachers else {},
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synthkit.bank import BankSpec
-from synthkit.bank.spec import plan_images_per_shard, read_record
+from synthkit.bank.spec import SHARD_BYTES, plan_images_per_shard, read_record
 from synthkit.bank.state import transform_entry
 from synthkit.config.parse import config_to_dict
 from synthkit.config.schema import SynthesizeConfig
@@ -85,9 +85,12 @@ def planned_images(config: SynthesizeConfig, spec: ImageSpec, method_class: Any)
     return config.images or IMAGES
 
 
-def planned_shard(config: SynthesizeConfig, images: int, spec: ImageSpec) -> int:
+def planned_shard(config: SynthesizeConfig, images: int, spec: ImageSpec, method_class: Any) -> int:
     """Images in every shard but the last."""
-    return config.images_per_shard or plan_images_per_shard(images, math.prod(spec.shape))
+    size = math.prod(spec.shape)
+    if makes_of(method_class, config.method).at_once:
+        return config.images_per_shard or max(1, min(images, SHARD_BYTES // size))
+    return config.images_per_shard or plan_images_per_shard(images, size)
 
 
 def _teacher_record(config: SynthesizeConfig, source: Source) -> dict[str, Any]:
