@@ -1,0 +1,1 @@
+"""Inversion: images optimised pixel by pixel until a frozen classifier sees its classes and its statistics in them."""
