@@ -15,6 +15,10 @@ from synthkit.errors import ConfigError
 
 METHODS: dict[str, str] = {
     "cudfkd": "synthkit.synthesis.generator.cudfkd:CuDFKD",
+    "dc": "synthkit.synthesis.matching.dc:DC",
+    "deepinversion": "synthkit.synthesis.inversion.deepinversion:DeepInversion",
+    "dm": "synthkit.synthesis.matching.dm:DM",
+    "dsa": "synthkit.synthesis.matching.dsa:DSA",
     "noise": "synthkit.synthesis.selection.noise:Noise",
     "random_real": "synthkit.synthesis.selection.random_real:RandomReal",
 }

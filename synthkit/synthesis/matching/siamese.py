@@ -1,0 +1,52 @@
+"""What the class-wise methods do to a network's input: siamese augmentation, and BatchNorm statistics held still."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from synthkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from synthkit.synthesis.base import ImageSpec
+    from synthkit.synthesis.matching.pool import RealPool
+
+STATISTICS_IMAGES = 16  # real images per class from which BatchNorm statistics are taken
+
+
+def strategy_of(strategy: str, spec: ImageSpec) -> str:
+    """The strategy itself, checked; auto becomes the usual one for the classes of `spec`."""
+    from synthkit.data.dsa import default_strategy, families
+
+    name = default_strategy(spec.class_names or []) if strategy == "auto" else strategy
+    families(name)
+    return name
+
+
+def augmented(
+    images: Tensor, partner: Tensor | None, strategy: str, draws: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """Both batches under one and the same transform; without a partner one transform for each image."""
+    from synthkit.data.dsa import apply, draw
+
+    if strategy == "none":
+        return images, partner
+    record = draw(strategy, len(images), images.shape[-1], draws, siamese=partner is not None, device=images.device)
+    return apply(images, record), None if partner is None else apply(partner, record)
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Whether any layer normalises over the batch."""
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+def freeze_statistics(network: nn.Module, real: RealPool, draws: torch.Generator) -> None:
+    """Take BatchNorm statistics from real images of all classes and hold them: single-class batches have none."""
+    network.train()
+    rows = [real.draw(label, STATISTICS_IMAGES, draws) for label in range(len(real.rows))]
+    with torch.no_grad():
+        network(real.take(torch.cat(rows)))
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
