@@ -176,16 +176,23 @@ def distill_plan(cfg: DistillConfig, shape: tuple[int, int, int]) -> tuple[str, 
 
 
 def teach_plan(cfg: TeachConfig, channels: int) -> Plan:
-    """The plan of a teach run; `augment auto` is crop_flip for colour images and shift for grey ones."""
+    """The plan of a teach run; `augment auto` is crop_flip for colour images and shift for grey ones.
+
+    Raises:
+        ConfigError: a value out of range, or epochs and steps both given.
+    """
+    if cfg.epochs is not None and cfg.steps is not None:
+        raise ConfigError("epochs and steps exclude each other", got=(cfg.epochs, cfg.steps), hint="give one of them")
     augment = cfg.augment if cfg.augment != "auto" else ("shift" if channels == 1 else "crop_flip")
     return Plan(
         batch_size=cfg.batch_size,
-        epochs=cfg.epochs,
-        lr=cfg.lr,
-        optimizer=cfg.optimizer,
+        epochs=None if cfg.steps is not None else 200 if cfg.epochs is None else cfg.epochs,
+        steps=cfg.steps,
+        lr=0.1 if cfg.lr is None else cfg.lr,
+        optimizer=cfg.optimizer or "sgd",
         momentum=cfg.momentum,
         nesterov=cfg.nesterov and cfg.momentum > 0,
-        weight_decay=cfg.weight_decay,
+        weight_decay=5e-4 if cfg.weight_decay is None else cfg.weight_decay,
         schedule=cfg.schedule,
         milestones=(0.6, 0.75, 0.9),
         warmup=cfg.warmup,

@@ -21,7 +21,7 @@ from torch import nn
 
 from synthkit.bank import Bank, LabelSet, LabelSpec, LabelWriter
 from synthkit.bank.labels.spec import check_name, plan_rows_per_shard, set_path
-from synthkit.bank.labels.stored import pixel_column
+from synthkit.bank.labels.stored import pixel_column, transform_note
 from synthkit.bank.labels.topk import compress_topk, tail_error
 from synthkit.bank.labels.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
 from synthkit.config.schema import RelabelConfig
@@ -99,7 +99,6 @@ def check_relabel(cfg: RelabelConfig) -> RelabelTask:
     if not bank.complete:
         raise DataError(f"bank {cfg.bank} is unfinished ({len(bank)} of {bank.spec.images} images)",
                         hint="finish it with synthkit synthesize --resume: labels are numbered by image")  # fmt: skip
-    pixel_column(bank)
     if _labels_json(bank, cfg.name).exists() and not (cfg.resume or cfg.shards):
         raise OutputExistsError(f"bank {cfg.bank} has a label set {cfg.name!r} already",
                                 hint="go on with --resume, or choose another --name")  # fmt: skip
@@ -107,7 +106,7 @@ def check_relabel(cfg: RelabelConfig) -> RelabelTask:
         raise ConfigError("views must not be negative", got=cfg.views)
     if cfg.views == 0:
         _refuse_view_options(cfg)
-    notes: list[str] = []
+    notes = [text for text in (transform_note(bank),) if text]
     teacher, facts = _teacher(cfg, bank, notes)
     least = 2 if cfg.bn == "batch" else 1
     if cfg.batch_size < least:

@@ -16,7 +16,7 @@ import torch
 
 from synthkit.bank import Bank, LabelSet
 from synthkit.bank.hub.common import local_bank
-from synthkit.bank.labels.stored import StoredLogits, has_logits, pixel_column
+from synthkit.bank.labels.stored import StoredLogits, has_logits, transform_note
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data
@@ -101,7 +101,6 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     loss = _loss(cfg)
     protocol, plan, changed = distill_plan(cfg, bank.shape)
     check_policy(plan.augment)
-    pixel_column(bank)
     if cfg.seeds < 1:
         raise ConfigError("seeds must be at least 1", got=cfg.seeds)
     train, held = split_holdout(len(bank), cfg.holdout, cfg.seed)
@@ -124,6 +123,8 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         notes.append("the bank contains real images: this student is not data-free")
     elif bank.spec.real_data_used:
         notes.append("real data were used in making the bank: this student is not data-free")
+    if (said := transform_note(bank)) is not None:
+        notes.append(said)
     if not bank.complete:
         notes.append(f"the bank is unfinished: {len(bank)} of {bank.spec.images} images are used")
     return DistillTask(

@@ -68,7 +68,7 @@ def _input_size(cfg: TeachConfig, arch: str, shape: tuple[int, int, int]) -> tup
     return (1 if arch.startswith("lenet") else shape[0], side, side)
 
 
-def _load(cfg: TeachConfig, arch: str) -> tuple[RealData, RealData | None]:
+def load_training_data(cfg: TeachConfig, arch: str) -> tuple[RealData, RealData | None]:
     train = load_data(cfg.data, "train")
     size = _input_size(cfg, arch, train.shape)
     train = train.resized(size)
@@ -91,7 +91,7 @@ def _load(cfg: TeachConfig, arch: str) -> tuple[RealData, RealData | None]:
 
 
 def teach(cfg: TeachConfig) -> TeachResult:
-    """Train `cfg.arch` on `cfg.data`; resumable; the last epoch is the result.
+    """Train `cfg.arch` on `cfg.data`; resumable; the last epoch is the result. `unet`: see synthesis/diffusion.
 
     Writes `model.safetensors`, `card.yaml` (class names, mean and std, accuracy), `metrics.jsonl`, `run.json` and
     `result.json`. Nothing is written when the input is wrong.
@@ -100,6 +100,10 @@ def teach(cfg: TeachConfig) -> TeachResult:
         UsageError: unknown architecture, data that cannot be read, an output directory that is not empty.
         NonFiniteError: the loss became NaN.
     """
+    if cfg.arch == "unet":
+        from synthkit.synthesis.diffusion.training import teach_unet
+
+        return teach_unet(cfg)
     arch = resolve_name(cfg.arch)
     kind = parse_spec(cfg.data)[0]
     path = Path(cfg.out) if cfg.out else Path("teachers") / f"{_file_name(arch)}-{kind}"
@@ -107,9 +111,9 @@ def teach(cfg: TeachConfig) -> TeachResult:
     if found is not None and found.get("status") == "done":
         return TeachResult(path=path, card=path / "card.yaml", metrics=RunDir(path).read_json("result.json"))
     began = time.monotonic()
-    train, test = _load(cfg, arch)
+    train, test = load_training_data(cfg, arch)
     plan = teach_plan(cfg, train.shape[0])
-    mean, std = _constants(kind, train)
+    mean, std = constants_of(kind, train)
     network = build_model(
         arch,
         num_classes=train.num_classes,
@@ -130,7 +134,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
         test, said = matched(view, test)
         train.notes += tuple(said)
     runtime = Runtime.create(cfg.runtime, run_dir=path)
-    source = _source(cfg, plan, train, runtime)  # checks the augmentation and the batch size
+    source = training_source(cfg, plan, train, runtime)  # checks the augmentation and the batch size
     run = start_run(path, cfg, runtime, command="teach", plan=plan.to_dict(), seed=cfg.seed, world=runtime.world)
     _announce(runtime, arch, train, test, plan)
 
@@ -163,6 +167,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
     if found is not None:
         trainer.restore()
     metrics = trainer.fit()
+    length = f"steps {plan.steps}" if plan.steps is not None else f"epochs {plan.epochs}"
     card = ModelCard(
         arch=arch,
         num_classes=train.num_classes,
@@ -171,7 +176,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
         std=std,
         class_names=train.class_names,
         accuracy={f"{test.name} {test.split}": round(metrics["top1"], 6)} if test and "top1" in metrics else None,
-        source=f"synthkit teach --arch {arch} --data {cfg.data} --epochs {cfg.epochs} --seed {cfg.seed}",
+        source=f"synthkit teach --arch {arch} --data {cfg.data} --{length} --seed {cfg.seed}",
         extra={"teach": {"train_images": len(train), "augment": plan.augment, "steps": metrics["steps"]}},
     )
     if runtime.is_main:
@@ -184,7 +189,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
     return TeachResult(path=path, card=path / "card.yaml", metrics=metrics)
 
 
-def _constants(kind: str, train: RealData) -> tuple[list[float], list[float]]:
+def constants_of(kind: str, train: RealData) -> tuple[list[float], list[float]]:
     """The dataset's usual constants where they exist, else those of the training images."""
     if kind in STATS and len(STATS[kind][0]) == train.shape[0]:
         mean, std = STATS[kind]
@@ -192,7 +197,7 @@ def _constants(kind: str, train: RealData) -> tuple[list[float], list[float]]:
     return channel_statistics(train.images)
 
 
-def _source(cfg: TeachConfig, plan: Plan, train: RealData, runtime: Runtime) -> StoreSource:
+def training_source(cfg: TeachConfig, plan: Plan, train: RealData, runtime: Runtime) -> StoreSource:
     return StoreSource(
         ResidentStore(train.images, train.labels, None, runtime.device),
         RandomOrder(np.arange(len(train)), cfg.seed),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from synthkit.bank import Bank
+from synthkit.bank import Bank, BankSpec, BankWriter
+from synthkit.bank.state import transform_entry
 from synthkit.cli.distill import summary_lines
 from synthkit.config.schema import DistillConfig, RuntimeConfig
 from synthkit.distillation import trainer as trainer_module
@@ -317,3 +318,23 @@ def test_a_bank_of_real_images_is_not_called_data_free(config, workshop):
     result = distill(config(bank=str(workshop.real), teacher=str(workshop.teacher), epochs=1))
     notes = json.loads((result.path / "run.json").read_text())["notes"]
     assert any("not data-free" in text for text in notes)
+
+
+def test_a_bank_behind_a_transform_is_trained_on_as_it_is_viewed(config, workshop, tmp_path, capsys):
+    """Whitened pixels suit no network that normalises: the viewable images are taken, and the user is told."""
+    source, arrays = Bank(workshop.bank), {"scale": np.full(1, 2.0, np.float32)}
+    spec = source.spec
+    changed = BankSpec(
+        shape=spec.shape, num_classes=spec.num_classes, mean=spec.mean, std=spec.std, images=len(source),
+        class_names=spec.class_names, images_per_shard=len(source), teacher=spec.teacher, label_kind=spec.label_kind,
+        transform=transform_entry("affine", arrays),
+    )  # fmt: skip
+    writer = BankWriter.create(tmp_path / "white", changed)
+    writer.write_transform(arrays)
+    rows = source.batch(np.arange(len(source)))
+    far = np.full(rows.images.shape, 50.0, np.float16)  # a network shown these would learn nothing
+    writer.write_shard(0, {"images": rows.images, "labels": rows.labels, "logits": rows.logits, "images_f16": far})
+    plain = distill(config(out=str(tmp_path / "plain")))
+    white = distill(config(bank=str(tmp_path / "white"), out=str(tmp_path / "of-white")))
+    assert "affine transform; its viewable images" in capsys.readouterr().err
+    assert same(weights(plain.path), weights(white.path))

@@ -90,12 +90,17 @@ def has_logits(bank: Bank) -> bool:
 def pixel_column(bank: Bank) -> str:
     """The column whose pixels networks are shown: `images_f16` where a method's pixels leave [0, 1], else `images`.
 
-    Raises:
-        RequirementError: the pixels live in a transformed space (ZCA); no network of this house takes them.
+    Pixels behind a transform (ZCA) suit no network that normalises pixel space, so the viewable images stand for them;
+    `transform_note` says so.
     """
-    if bank.spec.transform:
-        raise RequirementError(
-            f"bank {bank.path} holds pixels behind a {bank.spec.transform.get('kind')} transform",
-            hint="train on it with synthkit evaluate --bank, whose protocols know the transform",
-        )
-    return "images_f16" if bank.has("images_f16") else "images"
+    return "images_f16" if bank.has("images_f16") and not bank.spec.transform else "images"
+
+
+def transform_note(bank: Bank) -> str | None:
+    """What a user of the viewable images of a transformed bank should know; None where the bank has no transform."""
+    if not bank.spec.transform:
+        return None
+    return (
+        f"the bank was made for pixels behind a {bank.spec.transform.get('kind')} transform; its viewable images (the"
+        " inverse, clamped to [0, 1]) are used here. synthkit evaluate --bank trains on the transformed ones"
+    )
