@@ -14,9 +14,11 @@ from typing import Any
 from synthkit.errors import ConfigError
 
 METHODS: dict[str, str] = {
+    "adi": "synthkit.synthesis.inversion.adi:AdaptiveDeepInversion",
     "cudfkd": "synthkit.synthesis.generator.cudfkd:CuDFKD",
     "dc": "synthkit.synthesis.matching.dc:DC",
     "deepinversion": "synthkit.synthesis.inversion.deepinversion:DeepInversion",
+    "diffusion": "synthkit.synthesis.diffusion.diffusion:Diffusion",
     "dm": "synthkit.synthesis.matching.dm:DM",
     "dsa": "synthkit.synthesis.matching.dsa:DSA",
     "noise": "synthkit.synthesis.selection.noise:Noise",

@@ -24,6 +24,10 @@ def main(argv: Sequence[str]) -> int:
         print_json({"path": str(result.path), "card": str(result.card), **result.metrics})
         return 0
     found = result.metrics
+    if parsed.config.arch == "unet":
+        print(f"denoising loss {found['loss']:.4f} in training, last epoch")
+        print(f"written: {result.path}; sample it: synthkit synthesize --method diffusion --method.model {result.path}")
+        return 0
     if "top1" in found:
         print(f"top-1 {100 * found['top1']:.2f} % on the test data, last epoch")
     else:

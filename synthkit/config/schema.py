@@ -165,26 +165,28 @@ class RelabelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeachConfig:
-    """`synthkit teach`: train a teacher on real data."""
+    """`synthkit teach`: train a teacher, or a class-conditional diffusion model (`--arch unet`), on real data."""
 
     arch: str
-    """Architecture name (synthkit list models)."""
+    """Architecture name (synthkit list models), or `unet`: a small diffusion model (synthesize --method diffusion)."""
     data: str
     """Data spec of the training data (its train split)."""
     eval_data: str | None = None
     """Data spec of the test data; none takes the test split of `data`."""
-    epochs: int = 200
-    """Passes over the data."""
+    epochs: int | None = None
+    """Passes over the data; none is 200 (unet: 2,500 steps)."""
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
     batch_size: int = 128
     """Global batch size."""
-    lr: float = 0.1
-    """Peak learning rate."""
-    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    """Optimiser."""
+    lr: float | None = None
+    """Peak learning rate; none is 0.1 (unet: 0.001)."""
+    optimizer: Literal["sgd", "adamw", "adam"] | None = None
+    """Optimiser; none is sgd (unet: adamw)."""
     momentum: float = 0.9
     """SGD momentum."""
-    weight_decay: float = 5e-4
-    """Weight decay on all parameters."""
+    weight_decay: float | None = None
+    """Weight decay on all parameters; none is 5e-4 (unet: 0.01)."""
     nesterov: bool = True
     """Nesterov momentum."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -197,6 +199,14 @@ class TeachConfig:
     """Augmentation policy; auto is crop_flip for colour images, shift for grey ones."""
     image_size: int | None = None
     """Side of the input; none keeps the data's own, except 32 for LeNet."""
+    unet_channels: tuple[int, ...] | None = None
+    """unet: channels of every level, each half the side of the one before; none takes a preset by image size."""
+    unet_prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
+    """unet: what the network predicts."""
+    unet_label_drop: float = 0.1
+    """unet: share of the labels replaced by "no class", which classifier-free guidance needs."""
+    unet_ema: float = 0.995
+    """unet: decay of the moving average of the weights, which is what is kept; at step n at most (1 + n) / (10 + n)."""
     eval_every: int = 0
     """Evaluate every so many epochs (0: only at the end)."""
     seed: int = 0
