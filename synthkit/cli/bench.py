@@ -11,10 +11,13 @@ BENCHES = {
     "million": "a bank of a million images written, verified and read at random within 2 GiB of memory",
     "labels": "stored labels of views, dense and top-k, against the live teacher on the same views",
     "steps": "CPU seconds of the steps of each engine family against the bare networks",
+    "inversion": "a DeepInversion bank judged by a network that took no part, its controls, and a student of it",
+    "diffusion": "banks of a diffusion model with and without guidance, a judge that took no part, their students",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
     "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
     "mixture": "which share of freshly generated images trains the best student from a bank",
+    "engines": "the four engines on one teacher: same images, student and steps; accuracy, time, memory, data needed",
     "pipeline": "synthesize and distill a recipe over seeds, with the noise control; one result JSON",
 }
 
