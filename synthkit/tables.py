@@ -21,6 +21,7 @@ METHODS: dict[str, str] = {
     "diffusion": "synthkit.synthesis.diffusion.diffusion:Diffusion",
     "dm": "synthkit.synthesis.matching.dm:DM",
     "dsa": "synthkit.synthesis.matching.dsa:DSA",
+    "mtt": "synthkit.synthesis.matching.mtt:MTT",
     "noise": "synthkit.synthesis.selection.noise:Noise",
     "random_real": "synthkit.synthesis.selection.random_real:RandomReal",
 }
@@ -44,12 +45,12 @@ DATASETS: dict[str, str] = {
 }
 
 CURRICULA: dict[str, str] = {
-    "easy2hard": "log self-paced weights and the adversarial ramp (as published)",
+    "easy2hard": "log self-paced weights (generator) and the ramp: adversary, crop scale, expert window, guidance",
     "easy2hard-hard": "hard (0/1) self-paced weights and the ramp",
     "easy2hard-soft": "linear self-paced weights and the ramp",
-    "weights-only": "log self-paced weights, constant adversarial weight",
-    "ramp-only": "the adversarial ramp, every sample weighs 1",
-    "none": "no curriculum: every sample weighs 1, constant adversarial weight",
+    "weights-only": "log self-paced weights, nothing else gets harder",
+    "ramp-only": "the ramp of the family, every sample weighs 1",
+    "none": "no curriculum: every sample weighs 1, nothing gets harder",
 }
 
 

@@ -33,13 +33,14 @@ class SynthesizeConfig:
     method_name: str = "cudfkd"
     """Name in the method table (flag --method NAME)."""
     teacher: str | None = None
-    """Model spec: NAME, NAME@FILE, a card, a run directory, timm:NAME, torchvision:NAME. Most methods need one."""
+    """Model spec: NAME, NAME@FILE, a card, a run directory, timm:NAME, torchvision:NAME. Most methods need one; some
+    listen to several (A,B)."""
     data: str | None = None
     """Data spec of real images, for methods that use them (synthkit list datasets); its train split is read."""
     curriculum: str = "easy2hard"
     """Curriculum variant: easy2hard, none or a named variant (synthkit list curricula)."""
     images: int | None = None
-    """Images in the finished bank; none is 50,000, or `ipc` times the classes."""
+    """Images in the finished bank; none is `ipc` times the classes where `ipc` or the method says it, else 50,000."""
     ipc: int | None = None
     """Images per class, instead of `images`."""
     images_per_shard: int | None = None

@@ -18,6 +18,9 @@ from synthkit.config.schema import SynthesizeConfig
 from synthkit.errors import RunError, StorageError, SynthkitError
 from synthkit.runtime import RunDir, Runtime, hardware, peak_memory, versions
 
+SHOWN = ("kd", "g_loss", "class_balance", "test_top1", "loss", "matching_loss", "teacher_top1", "verifier_top1")
+"""Figures of the log that stand beside the progress bar."""
+
 
 class RunRecord:
     """The record of one worker in its own folder (the bank's, or workers/I-of-N below it)."""
@@ -110,7 +113,7 @@ class RunRecord:
         """A line of metrics.jsonl, and figures beside the bar."""
         if record.get("step", 0) > self._logged:  # steps that a killed run had logged already come again
             self.dir.log(record)
-        shown = {k: v for k, v in record.items() if k in ("kd", "g_loss", "class_balance", "test_top1")}
+        shown = {k: v for k, v in record.items() if k in SHOWN}
         if self.bar is not None:
             self.bar.update(0, **shown)
 
