@@ -1,0 +1,133 @@
+"""`synthkit bench diffusion`: banks of a diffusion model with and without teacher guidance, and students of them.
+
+Everything is trained here: the diffusion model, and a judge of another architecture that takes no part. Two banks of
+the same recipe, noise and intended classes differ in the guidance alone; the judge says how often it sees the intended
+class. Students are trained from each bank alone, beside equally many random real images and beside noise.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from synthkit.bench.inversion import judged
+from synthkit.cli.arguments import Arguments
+from synthkit.config.parse import config_to_dict, load_recipe
+from synthkit.config.schema import SynthesizeConfig, TeachConfig
+from synthkit.runtime import RunDir, hardware, peak_memory, versions, write_json
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run, print JSON."""
+    parser = Arguments(prog="synthkit bench diffusion", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", required=True, help="data spec: trains model and judge; its test split is measured")
+    parser.add_argument("--teacher", default="lenet5_bn", help="model spec of the teacher that guides")
+    parser.add_argument("--model", default="mnist/teach-unet", help="recipe of the diffusion model")
+    parser.add_argument("--recipe", default="mnist/diffusion-lenet5_bn", help="recipe of the bank")
+    parser.add_argument("--images", type=int, default=None, help="images of each bank instead of the recipe's")
+    parser.add_argument("--judge", default="convnet_d3_w32_bn", help="architecture of the judge")
+    parser.add_argument("--judge-epochs", type=int, default=2, help="passes of the judge over the real data")
+    parser.add_argument("--distill", default="mnist/distill-lenet5_half_bn", help="recipe of the student")
+    parser.add_argument("--steps", type=int, default=None, help="steps of the student instead of the recipe's")
+    parser.add_argument("--seeds", type=int, default=3, help="students of each bank")
+    parser.add_argument("--seed", type=int, default=0, help="seed of banks and first student")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, banks, runs (resumed)")
+    parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    args = parser.parse(argv)
+    result = measure(args)
+    if args.out:
+        write_json(args.out, result)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def measure(args: Any) -> dict[str, Any]:
+    """Model, judge, the two banks and their students."""
+    from synthkit.synthesis.engine import synthesize
+
+    runtime = {"runtime": {"threads": args.threads}} if args.threads else {}
+    painter, painter_facts = model(args, runtime)
+    judge, judge_facts = trained_judge(args, painter_facts["image_size"])
+    overrides = {"teacher": args.teacher, "seed": args.seed, "resume": True, "method.model": str(painter), **runtime}
+    overrides |= {"images": args.images} if args.images else {}
+    guided: SynthesizeConfig = load_recipe(args.recipe, {**overrides, "out": str(args.work / "guided")})
+    plain = replace(guided, method=replace(guided.method, guidance=0.0), out=str(args.work / "unguided"))
+    banks, students = {}, {}
+    for name, config, control in (("guided", guided, args.data), ("unguided", plain, "noise")):
+        bank = synthesize(config)
+        run = RunDir(bank.path).read_json("run.json") or {}
+        banks[name] = {
+            **judged(f"bank:{bank.path}", judge, config),
+            "minutes": run["seconds"] / 60,
+            "cpu_minutes": run["cpu_seconds"] / 60,
+            "peak_memory_bytes": run["peak_memory_bytes"],
+        }
+        print(f"{name}: judge {100 * banks[name]['judge_top1']:.2f} %", file=sys.stderr, flush=True)
+        students[name] = student(args, str(bank.path), name, control, runtime)
+    return {
+        "what": "banks of a diffusion model: agreement of a judge with the intended class; students of each bank alone",
+        "diffusion_model": painter_facts,
+        "judge": judge_facts,
+        "teacher": args.teacher,
+        "banks": banks,
+        "students": students,
+        "synthesize": config_to_dict(guided),
+        "peak_memory_bytes": peak_memory(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def model(args: Any, runtime: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The diffusion model, trained on the real data (or found in the work folder), and its cost."""
+    from synthkit.distillation.teach import teach
+
+    config = load_recipe(args.model, {"data": args.data, "out": str(args.work / "unet"), "resume": True, **runtime})
+    found = teach(config).metrics
+    size = (RunDir(args.work / "unet").read_json("diffusion.json") or {})["image_size"]
+    cpu = found.get("cpu_seconds")
+    return args.work / "unet", {
+        "recipe": args.model, "steps": found["steps"], "batch_size": config.batch_size, "image_size": size,
+        "loss": found["loss"], "test_loss": found.get("test_loss"), "minutes": found["seconds"] / 60,
+        "cpu_minutes": None if cpu is None else cpu / 60,
+    }  # fmt: skip
+
+
+def trained_judge(args: Any, size: list[int]) -> tuple[str, dict[str, Any]]:
+    """A classifier of another architecture and seed on the same real data, which neither guides nor teaches."""
+    from synthkit.config.schema import RuntimeConfig
+    from synthkit.distillation.teach import teach
+
+    out = args.work / "judge"
+    found = teach(
+        TeachConfig(
+            arch=args.judge, data=args.data, epochs=args.judge_epochs, lr=0.05, image_size=size[1], seed=args.seed + 1,
+            out=str(out), resume=True, runtime=RuntimeConfig(threads=args.threads),
+        )
+    )  # fmt: skip
+    return str(found.card), {"arch": args.judge, "epochs": args.judge_epochs, "test_top1": found.metrics.get("top1")}
+
+
+def student(args: Any, bank: str, name: str, control: str, runtime: dict[str, Any]) -> dict[str, Any]:
+    """Fresh students from the bank alone, and the control; last epoch on the test split."""
+    from synthkit.distillation.distill import distill
+
+    overrides = {
+        "bank": bank, "seed": args.seed, "seeds": args.seeds, "control": control, "eval_data": args.data,
+        "out": str(args.work / f"student-{name}"), "resume": True, **runtime,
+    }  # fmt: skip
+    config = load_recipe(args.distill, overrides | ({"steps": args.steps} if args.steps else {}))
+    found = distill(config)
+    other, headline = found.control or {}, found.metrics
+    return {
+        "student": config.student,
+        "steps": config.steps,
+        "top1": headline.get("top1"),
+        "teacher_top1": headline.get("teacher_top1"),
+        "eval_images": other.get("eval_images"),
+        "control": {key: other.get(key) for key in ("trained_on", "top1")},
+    }
