@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +12,7 @@ from synthkit.lazy import F, torch
 from synthkit.synthesis.matching.config import ClasswiseConfig
 from synthkit.synthesis.matching.distances import Distance, gradient_distance
 from synthkit.synthesis.matching.loop import MatchingLoop
-from synthkit.synthesis.matching.siamese import augmented, freeze_statistics, has_batchnorm, strategy_of
+from synthkit.synthesis.matching.siamese import augmented, augmented_pair, freeze_statistics, has_batchnorm, strategy_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,7 +76,7 @@ class DC(MatchingLoop):
 
     def iteration(self, draws: torch.Generator) -> dict[str, Tensor]:
         """One network: `outer` matching steps with training in between."""
-        network = self.fresh_network(f"network-{self.step}")
+        network = self.fresh_network(f"network-{self.done}")
         totals: list[dict[str, Tensor]] = []
         for repeat in range(self.outer):
             totals.append(self.matching_step(network, draws))
@@ -93,7 +94,7 @@ class DC(MatchingLoop):
         for label, places in self.classes:
             real = self.real.take(self.real.draw(label, self.config.batch_real, draws))
             synthetic = self.pixels[places].requires_grad_()
-            real, seen = augmented(real, synthetic, self.strategy, draws)
+            real, seen = augmented_pair(real, synthetic, self.strategy, draws)
             wanted = self.gradient(network, real, label, weights)
             found = self.gradient(network, seen, label, weights, create_graph=True)
             distance = gradient_distance(found, wanted, self.config.distance)
@@ -103,7 +104,7 @@ class DC(MatchingLoop):
         return {"matching_loss": total / len(self.classes), "grad_norm": gradient.norm()}
 
     def gradient(
-        self, network: nn.Module, images: Tensor, label: int, weights: list[Tensor], *, create_graph: bool = False
+        self, network: nn.Module, images: Tensor, label: int, weights: Sequence[Tensor], *, create_graph: bool = False
     ) -> tuple[Tensor, ...]:
         """Gradient of the mean cross-entropy of images (B, C, H, W) of class `label` for `weights`."""
         labels = torch.full((len(images),), label, device=self.device)
@@ -115,10 +116,11 @@ class DC(MatchingLoop):
         network.train()
         parameters = list(network.parameters())
         for places in torch.randperm(self.task.images, generator=draws).split(self.config.batch_train):
-            images, _ = augmented(self.pixels[places], None, self.strategy, draws)
+            images = augmented(self.pixels[places], self.strategy, draws)
             gradients = torch.autograd.grad(F.cross_entropy(network(images), self.targets[places]), parameters)
             with torch.no_grad():
-                torch._foreach_sub_(parameters, gradients, alpha=self.config.lr_net)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.sub_(gradient, alpha=self.config.lr_net)
 
     def measured_iteration(self) -> float:
         """One matching step and one epoch, each times how often it comes."""

@@ -10,7 +10,7 @@ from synthkit.synthesis.base import widened
 from synthkit.synthesis.matching.config import ClasswiseConfig
 from synthkit.synthesis.matching.distances import mean_distance
 from synthkit.synthesis.matching.loop import MatchingLoop
-from synthkit.synthesis.matching.siamese import augmented, has_batchnorm, strategy_of
+from synthkit.synthesis.matching.siamese import augmented_pair, has_batchnorm, strategy_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,15 +56,15 @@ class DM(MatchingLoop):
 
     def iteration(self, draws: torch.Generator) -> dict[str, Tensor]:
         """One random network, one SGD step of the pixels."""
-        network = feature_network(self.fresh_network(f"network-{self.step}"))
+        network = feature_network(self.fresh_network(f"network-{self.done}"))
         pixels = self.pixels.detach().requires_grad_()
         real: list[Tensor] = []
         synthetic: list[Tensor] = []
         for label, places in self.classes:
             images = self.real.take(self.real.draw(label, self.config.batch_real, draws))
-            images, seen = augmented(images, pixels[places], self.strategy, draws)
+            images, seen = augmented_pair(images, pixels[places], self.strategy, draws)
             real.append(images)
-            synthetic.append(seen)  # type: ignore[arg-type]  # there is a partner, so there is a second batch
+            synthetic.append(seen)
         with self.task.runtime.autocast():
             with torch.no_grad():
                 # BatchNorm must see all classes at once; else class by class, which needs a K-th of the memory

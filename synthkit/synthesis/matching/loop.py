@@ -39,8 +39,12 @@ class MatchingLoop:
     """Base of the matching family (see the module text). Row r of the bank has class r mod K."""
 
     requires: ClassVar[Requires] = Requires(teacher=False, real_data=True, curriculum=False)
-    makes: ClassVar[Makes] = Makes(label_kind="target")
+    makes: ClassVar[Makes] = Makes(label_kind="target", at_once=True)
     Config: ClassVar[type] = MatchingConfig
+    default_ipc: ClassVar[int] = 10
+    """Images per class where the task does not say."""
+    prelude = 0
+    """Steps of `prepare`, before the first iteration."""
 
     def __init__(self, config: Any, task: Task):
         name = type(self).__name__
@@ -70,12 +74,12 @@ class MatchingLoop:
         self.optimizer = torch.optim.SGD(self._parameter_groups(), lr=config.lr_img, momentum=config.momentum)
         self.step = self.stored = 0
         self._sums: dict[str, Tensor] = {}
-        self._noted = 0
+        self._counts: dict[str, int] = {}
 
     @classmethod
     def makes_for(cls, config: MatchingConfig) -> Makes:
         """Images that start from real ones count as real."""
-        return Makes(label_kind="target", contains_real=config.init != "noise")
+        return Makes(label_kind="target", contains_real=config.init != "noise", at_once=True)
 
     # ---- what a method defines -------------------------------------------------------------------------------
 
@@ -115,14 +119,19 @@ class MatchingLoop:
 
     @property
     def total_steps(self) -> int:
-        """Outer iterations of the run."""
-        return self.config.iterations
+        """Steps of preparation and outer iterations of the run."""
+        return self.prelude + self.config.iterations
+
+    @property
+    def done(self) -> int:
+        """Outer iterations done."""
+        return self.step - self.prelude
 
     def generate(self) -> Iterator[ImageBatch | None]:
         """Iterate to the end, then yield the images."""
         yield from self.prepare()
         while self.step < self.total_steps:
-            self._note(self.iteration(self.task.rng(f"iteration-{self.step}", "cpu")))
+            self._note(self.iteration(self.task.rng(f"iteration-{self.done}", "cpu")))
             self.advance(1)
             yield None
         chunk = min(256, max(1, self.task.images // 100))
@@ -138,6 +147,10 @@ class MatchingLoop:
 
     def fresh_network(self, stream: str) -> nn.Module:
         """A network with fresh weights of the stream called `stream`, in train mode."""
+        return self.build(self.task.seed_of(stream))
+
+    def build(self, seed: int) -> nn.Module:
+        """A network with the fresh weights of `seed`, in train mode on the run's device."""
         from synthkit.models.build import build_model
 
         network = seeded_init(
@@ -147,7 +160,7 @@ class MatchingLoop:
                 in_channels=self.channels,
                 image_size=self.side,
             ),
-            self.task.seed_of(stream),
+            seed,
         )
         network.to(self.device)
         if self.task.runtime.channels_last:
@@ -177,24 +190,24 @@ class MatchingLoop:
     # ---- figures and health ----------------------------------------------------------------------------------
 
     def _note(self, figures: dict[str, Tensor]) -> None:
-        self._noted += 1
         for name, value in figures.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        done, every = self.step + 1, max(1, self.config.iterations // 100)
-        if self._noted < every and done < self.total_steps:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        done = self.done + 1
+        if done % max(1, self.config.iterations // 100) and done < self.config.iterations:
             return
-        means = {name: float(total) / self._noted for name, total in self._sums.items()}
-        self._sums, self._noted = {}, 0
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
         self.check(means)
         if self.task.log:
-            self.task.log({"step": done, **means})
+            self.task.log({"step": self.step + 1, "iteration": done, **means})
 
     def check(self, means: dict[str, float]) -> None:
         """Stop when a figure is NaN or infinite."""
         bad = [name for name, value in means.items() if not abs(value) < float("inf")]
         if bad:
             raise NonFiniteError(
-                f"matching diverged before iteration {self.step + 1}: {', '.join(bad)} is NaN or infinite",
+                f"matching diverged before iteration {self.done + 1}: {', '.join(bad)} is NaN or infinite",
                 hint="lower --method.lr_img",
             )
 
@@ -206,18 +219,18 @@ class MatchingLoop:
             "pixels": self.pixels.detach(),
             "optimizer": optimizer_state(self.optimizer),
             "sums": dict(self._sums),
-            "noted": self._noted,
+            "counts": dict(self._counts),
             "step": self.step,
             "stored": self.stored,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
-        with torch.no_grad():
-            self.pixels.copy_(state["pixels"])
+        self.pixels.copy_(state["pixels"])
         load_optimizer_state(self.optimizer, state["optimizer"])
         self._sums = {name: value.to(self.device) for name, value in state.get("sums", {}).items()}
-        self._noted, self.step, self.stored = int(state["noted"]), int(state["step"]), int(state["stored"])
+        self._counts = dict(state.get("counts", {}))
+        self.step, self.stored = int(state["step"]), int(state["stored"])
 
     def facts(self) -> BankFacts:
         """The whitening behind the pixels, if there is one."""
@@ -243,8 +256,7 @@ class MatchingLoop:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - begun if seconds is None else seconds
-        resident = sum(t.numel() * t.element_size() for t in (self.real._stored, self.pixels, self.pixels))
-        return {"seconds": seconds * self.config.iterations, "memory_bytes": 1.5 * saved.bytes + resident}
+        return {"seconds": seconds * self.config.iterations, "memory_bytes": 1.5 * saved.bytes + self.real.bytes}
 
     def measured_iteration(self) -> float | None:
         """Do one iteration, or a piece of it and return the seconds that a whole one would have taken."""

@@ -46,6 +46,11 @@ class RealPool:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def bytes(self) -> int:
+        """What the images take on the device."""
+        return self._stored.numel() * self._stored.element_size()
+
     def take(self, rows: Tensor) -> Tensor:
         """Training pixels (n, C, H, W) of these rows."""
         found = self._stored[rows.to(self.labels.device)]

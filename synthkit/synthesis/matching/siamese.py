@@ -24,16 +24,23 @@ def strategy_of(strategy: str, spec: ImageSpec) -> str:
     return name
 
 
-def augmented(
-    images: Tensor, partner: Tensor | None, strategy: str, draws: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """Both batches under one and the same transform; without a partner one transform for each image."""
+def augmented(images: Tensor, strategy: str, draws: torch.Generator) -> Tensor:
+    """Every image of the batch under a random transform of its own."""
     from synthkit.data.dsa import apply, draw
 
     if strategy == "none":
-        return images, partner
-    record = draw(strategy, len(images), images.shape[-1], draws, siamese=partner is not None, device=images.device)
-    return apply(images, record), None if partner is None else apply(partner, record)
+        return images
+    return apply(images, draw(strategy, len(images), images.shape[-1], draws, siamese=False, device=images.device))
+
+
+def augmented_pair(left: Tensor, right: Tensor, strategy: str, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both batches, of any sizes, under one and the same random transform."""
+    from synthkit.data.dsa import apply, draw
+
+    if strategy == "none":
+        return left, right
+    record = draw(strategy, len(left), left.shape[-1], draws, siamese=True, device=left.device)
+    return apply(left, record), apply(right, record)
 
 
 def has_batchnorm(network: nn.Module) -> bool:
