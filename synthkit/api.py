@@ -75,8 +75,11 @@ def teach(arch: str, data: str, **options: Any) -> TeachResult:
     return run(parse_config("teach", _values("teach", "", {"arch": arch, "data": data, **options})))
 
 
-def evaluate(model: PathLike, data: str | None = None, **options: Any) -> dict[str, Any]:
-    """Measure a model; returns the record that `synthkit evaluate --json` prints.
+def evaluate(
+    model: PathLike | None = None, data: str | None = None, *, bank: PathLike | Bank | None = None, **options: Any
+) -> dict[str, Any]:
+    """Measure a model, or with `bank` the networks that can be trained on a bank; returns the record that
+    `synthkit evaluate --json` prints.
 
     Raises:
         ConfigError: unknown or ill-typed option.
@@ -84,7 +87,8 @@ def evaluate(model: PathLike, data: str | None = None, **options: Any) -> dict[s
     """
     from synthkit.cli.evaluate import run
 
-    return run(parse_config("evaluate", _values("evaluate", "", {"model": model, "data": data, **options})), quiet=True)
+    values = {"model": model, "data": data, "bank": getattr(bank, "path", bank), **options}
+    return run(parse_config("evaluate", _values("evaluate", "", values)), quiet=True)
 
 
 def _values(command: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""`synthkit evaluate`: accuracy on labelled data, or agreement with the teacher on a bank."""
+"""`synthkit evaluate`: accuracy on labelled data, agreement with the teacher on a bank, or what a bank teaches."""
 
 from __future__ import annotations
 
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,38 +20,74 @@ if TYPE_CHECKING:
     from synthkit.runtime import Runtime
 
 
+_OF_BANK = ("protocol", "arch", "cross", "nets", "epochs", "lr", "labels", "control_data", "full", "full_epochs")
+_OF_MODEL = ("split",)
+
+
 def run(cfg: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure a model and print the result.
+    """Measure a model, or the networks that a bank can train, and print the result.
 
     Returns:
-        The record that `--json` prints and `--out` adds to its file: `model`, `data`, `teacher`, `metrics`
+        The record that `--json` prints and `--out` adds to its file. Of a model: `model`, `data`, `teacher`, `metrics`
         (see `evaluate_classifier`, `evaluate_fidelity`), `notes`, `warnings`, `seconds`, `versions`, `hardware` and
-        `rank`.
+        `rank`. Of a bank: see `evaluate_bank`.
 
     Raises:
-        UsageError: model, data, teacher or output do not fit; nothing was written.
+        UsageError: model, bank, data, teacher or output do not fit; nothing was written.
     """
     from synthkit.evaluation import report
-    from synthkit.runtime import Runtime, hardware, versions
+    from synthkit.runtime import Runtime
 
-    if cfg.limit is not None and cfg.limit < 1:
-        raise UsageError("limit must be at least 1", got=cfg.limit)
+    _check_words(cfg)
     out = Path(cfg.out) if cfg.out else None
     if out is not None:
         report.check_out(out)
-    began = time.monotonic()
     runtime = Runtime.create(cfg.runtime)
-    job = _Job(cfg, runtime)
-    result = job.measure()
-    result |= {"seconds": round(time.monotonic() - began, 3), "versions": versions(), "hardware": hardware()}
+    result = _of_bank(cfg, runtime, quiet) if cfg.bank else _of_model(cfg, runtime)
     result["rank"] = runtime.rank
     if runtime.is_main:
         if not quiet:
-            print(report.render(result))
+            from synthkit.cli import evaluate_table
+
+            print(evaluate_table.render(result) if cfg.bank else report.render(result))
         if out is not None:
             report.add_result(out, result)
             print(f"written to {out}", file=sys.stderr)
     return result
+
+
+def _check_words(cfg: EvaluateConfig) -> None:
+    """Exactly one of model and bank, and no option of the other one. Raises `UsageError`."""
+    if (cfg.model is None) == (cfg.bank is None):
+        got = "neither" if cfg.model is None else "both"
+        hint = "--model measures a trained network, --bank trains fresh networks on a bank and measures those"
+        raise UsageError("give either --model or --bank", got=got, hint=hint)
+    chosen, others = ("--bank", _OF_MODEL) if cfg.bank else ("--model", _OF_BANK)
+    defaults = {f.name: f.default for f in fields(cfg)}
+    for name in others:
+        if getattr(cfg, name) != defaults[name]:
+            raise UsageError(f"--{name.replace('_', '-')} does not go with {chosen}", got=getattr(cfg, name))
+    if cfg.limit is not None and cfg.limit < 1:
+        raise UsageError("limit must be at least 1", got=cfg.limit)
+
+
+def _of_model(cfg: EvaluateConfig, runtime: Runtime) -> dict[str, Any]:
+    from synthkit.runtime import hardware, versions
+
+    began = time.monotonic()
+    result = _Job(cfg, runtime).measure()
+    return result | {"seconds": round(time.monotonic() - began, 3), "versions": versions(), "hardware": hardware()}
+
+
+def _of_bank(cfg: EvaluateConfig, runtime: Runtime, quiet: bool) -> dict[str, Any]:
+    from synthkit.evaluation.bank_protocol import evaluate_bank
+
+    if cfg.data is None:
+        raise UsageError("--bank needs real data to test on", hint="give --data, for example --data cifar10:DIR")
+    words = (*_OF_BANK, "teacher", "limit", "seed")
+    options = {name: getattr(cfg, name) for name in words}
+    options["cross"] = tuple(name.strip() for name in (cfg.cross or "").split(",") if name.strip())
+    return evaluate_bank(Path(cfg.bank or "").expanduser(), cfg.data, runtime=runtime, quiet=quiet, **options)
 
 
 class _Job:
@@ -62,7 +99,8 @@ class _Job:
         self.cfg, self.runtime = cfg, runtime
         self.notes: list[str] = []
         self.warnings: list[str] = []
-        self.loaded = load_model(cfg.model, weights="required")
+        self.spec = cfg.model or ""
+        self.loaded = load_model(self.spec, weights="required")
         assumed = self.loaded.card.extra.get("assumed")
         if assumed:
             self.warnings.append(f"the model has no card; {assumed} is assumed")
@@ -196,7 +234,7 @@ class _Job:
         trained_on = self.loaded.card.extra.get("bank")
         uuid = bank.record.get("uuid")
         if isinstance(trained_on, dict) and uuid is not None and trained_on.get("uuid") == uuid:
-            held = _held_out(Path(self.cfg.model), len(bank))
+            held = _held_out(Path(self.spec), len(bank))
             if held is None or len(held) == 0:
                 self.warnings.append("the student was trained on these very images: this is no held-out measure")
             else:

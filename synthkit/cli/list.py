@@ -33,8 +33,10 @@ def _models() -> dict[str, str]:
 
 def _protocols() -> dict[str, str]:
     from synthkit.distillation.protocols import PROTOCOLS
+    from synthkit.evaluation.dd_protocols import DD_PROTOCOLS
 
-    return {name: protocol.description for name, protocol in PROTOCOLS.items()}
+    distill = {name: f"distill: {protocol.description}" for name, protocol in PROTOCOLS.items()}
+    return distill | {name: f"evaluate --bank: {protocol.description}" for name, protocol in DD_PROTOCOLS.items()}
 
 
 def _augmentations() -> dict[str, str]:

@@ -225,7 +225,7 @@ class _Build:
         if self.plugin and self.plugin_config:
             part = _instance(self.plugin_config, values.pop(self.plugin, None) or {})
             values.update({self.plugin: part, f"{self.plugin}_name": self.name})
-        _check_tables(values)
+        _check_tables(self.command, values)
         if self.command == "synthesize":
             from synthkit.synthesis.base import requirements
 
@@ -328,13 +328,18 @@ class _Build:
         return [(doc.strip().splitlines()[0].rstrip("."), config, prefix) for doc, config, prefix in sections]
 
 
-def _check_tables(values: Mapping[str, Any]) -> None:
+def _check_tables(command: str, values: Mapping[str, Any]) -> None:
     """Refuse unknown names of small tables here, seconds before the run would import torch and find out."""
     curriculum, protocol = values.get("curriculum"), values.get("protocol")
     if curriculum is not None and curriculum not in tables.CURRICULA:
         hint = "synthkit list curricula"
         raise ConfigError("curriculum: not a known curriculum", got=curriculum, allowed=tables.CURRICULA, hint=hint)
-    if protocol is not None and protocol != "auto":
+    if command == "evaluate" and protocol is not None:
+        from synthkit.evaluation.dd_protocols import OWN, protocol_named
+
+        if protocol != OWN:
+            protocol_named(protocol)
+    elif protocol is not None and protocol != "auto":
         from synthkit.distillation.protocols import PROTOCOLS
 
         if protocol not in PROTOCOLS:

@@ -221,14 +221,37 @@ class TeachConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """`synthkit evaluate`: how good a model is, on labelled data or against its teacher."""
+    """`synthkit evaluate`: how good a model is (--model), or how good fresh networks trained on a bank are (--bank)."""
 
-    model: str
+    model: str | None = None
     """Model spec (a run directory, a card, NAME@FILE, ...)."""
+    bank: str | None = None
+    """Bank directory: train fresh networks on it, and on as many random real images, and test them on the data."""
     data: str | None = None
     """Labelled data spec; with `bank:DIR` the agreement with the teacher on a bank is measured, labelled as such."""
     teacher: str | None = None
-    """Teacher spec for agreement and KL; for a run directory the run's own teacher is the default."""
+    """Teacher spec for agreement and KL; for a run directory the run's own teacher is the default. With --bank: what
+    labels the control when the bank's labels are soft."""
+    protocol: str = "convnet"
+    """--bank: how the networks are trained (synthkit list protocols); convnet is the protocol of the bank's method."""
+    arch: str | None = None
+    """--bank: network; none is the one that the bank was distilled with, else the ConvNet for its image size."""
+    cross: str | None = None
+    """--bank: further networks, separated by commas (mlp,lenet_dd,alexnet_dd,vgg11_in,resnet18_in, ...)."""
+    nets: int = 5
+    """--bank: networks of each architecture, on the bank and on the control each."""
+    epochs: int | None = None
+    """--bank: epochs instead of the protocol's."""
+    lr: float | None = None
+    """--bank: first learning rate instead of the protocol's, or the bank's learnt one."""
+    labels: Literal["auto", "hard", "soft"] = "auto"
+    """--bank: train on its classes or on the softmax of its logits; auto is what the protocol says."""
+    control_data: str | None = None
+    """--bank: data spec whose train split the random-real control is drawn from; none is that of `data`."""
+    full: float | None = None
+    """--bank: accuracy (0 to 1) of the whole training set with hard labels, for the scores HLR, IOR and LRS."""
+    full_epochs: int = 0
+    """--bank: measure that accuracy here, with so many epochs over the whole training set."""
     split: Literal["train", "test", "all"] = "test"
     """Split of the data."""
     limit: int | None = None

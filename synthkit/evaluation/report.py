@@ -87,7 +87,8 @@ def check_out(path: Path) -> list[dict[str, Any]]:
 
 
 def add_result(path: Path, result: dict[str, Any]) -> None:
-    """Add `result` to the collection in `path`; one of the same model, data, split, teacher and sample is replaced.
+    """Add `result` to the collection in `path`; one of the same model, data, split, teacher and sample (or of the same
+    bank, data, protocol and networks) is replaced.
 
     Raises:
         OutputExistsError: something else lies there. StorageError: it cannot be written.
@@ -98,6 +99,10 @@ def add_result(path: Path, result: dict[str, Any]) -> None:
 
 def _key(result: dict[str, Any]) -> tuple[Any, ...]:
     data, teacher = result["data"], result.get("teacher") or {}
+    if "model" not in result:  # networks trained on a bank
+        protocol = result["protocol"]
+        return (result["bank"]["path"], data["spec"], data["limit"], protocol["name"], *protocol["changed"],
+                *result["results"], result["nets"], result["seed"])  # fmt: skip
     return (
         result["model"]["spec"],
         result["model"].get("sha256"),
