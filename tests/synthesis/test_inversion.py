@@ -225,7 +225,7 @@ def test_committee_cycle():
 def test_a_network_with_other_constants_sees_the_same_image():
     inverter = method().inverter
     other = TeacherView(
-        TinyNet().double().float(), [0.1, 0.2, 0.3], [0.5, 0.4, 0.3], input_size=(3, 8, 8), num_classes=10
+        teacher_view(seed=5).module, [0.1, 0.2, 0.3], [0.5, 0.4, 0.3], input_size=(3, 8, 8), num_classes=10
     )
     images = torch.rand(5, 3, 8, 8)
     close(inverter.look(other, inverter.teachers[0].normalize(images)), other(images))
