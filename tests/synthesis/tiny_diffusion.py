@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ def save_dit(folder: Path, classes: int = 10) -> str:
             up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
             scaling_factor=0.5,
         )  # fmt: skip
-        labels = {i: f"name {i}, another name" for i in range(classes)}
-        scheduler = DDIMScheduler(clip_sample=False)
-        return DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=labels)
+        return DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(clip_sample=False))
 
     seeded_init(build, 0).save_pretrained(folder)
+    index = folder / "model_index.json"  # `save_pretrained` loses the class names that the public checkpoints have here
+    names = {str(i): f"name {i}, another name" for i in range(classes)}
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": names}))
     return str(folder)
