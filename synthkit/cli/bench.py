@@ -13,6 +13,8 @@ BENCHES = {
     "steps": "CPU seconds of the steps of each engine family against the bare networks",
     "inversion": "a DeepInversion bank judged by a network that took no part, its controls, and a student of it",
     "diffusion": "banks of a diffusion model with and without guidance, a judge that took no part, their students",
+    "matching": "distilled banks of MNIST (DC, MTT, DATM) and random real images of their size, fresh networks on each",
+    "trajectory_memory": "memory and time of sweeping, unrolling and TESLA at several numbers of inner steps",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
     "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
