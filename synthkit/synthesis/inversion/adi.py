@@ -41,7 +41,7 @@ class ADIConfig(InversionConfig):
     student_batch: int = 256
     """Images per student step."""
     student_lr: float = 0.1
-    """Learning rate of the student (SGD, momentum 0.9, constant)."""
+    """Learning rate of the student (SGD, momentum 0.9, half a cosine over all its steps)."""
     weight_decay: float = 1e-4
     """Weight decay of the student."""
     T: float = 20.0
@@ -127,8 +127,12 @@ class AdaptiveDeepInversion:
     @property
     def total_steps(self) -> int:
         """Images times iterations, and images that the student sees."""
-        learning = sum(map(self.learns_after, range(len(self.parts)))) * self.config.student_steps
-        return self.task.images * self.inverter.iterations + learning * self.config.student_batch
+        return self.task.images * self.inverter.iterations + self.student_steps * self.config.student_batch
+
+    @property
+    def student_steps(self) -> int:
+        """Steps of the student in the whole run."""
+        return sum(map(self.learns_after, range(len(self.parts)))) * self.config.student_steps
 
     def _advance(self, images: int) -> int:
         self.step += images
@@ -165,7 +169,7 @@ class AdaptiveDeepInversion:
     def _learn(self) -> Iterator[None]:
         loss = None
         while self.left:
-            loss = self.learner.learn()
+            loss = self.learner.learn(self.student_steps)
             self.left -= 1
             self._advance(self.config.student_batch)
             if self.left and self.left % SAFE == 0:
@@ -213,12 +217,11 @@ class AdaptiveDeepInversion:
         twin = copy.copy(self.learner)
         twin.view = copy.copy(twin.view)
         twin.view.module = copy.deepcopy(twin.view.module)
-        twin.optimizer = torch.optim.SGD(twin.view.module.parameters(), lr=0.0)
+        twin.optimizer = torch.optim.SGD(twin.view.module.parameters(), lr=self.config.student_lr)
         twin.memory = torch.zeros(1, *self.task.teacher.input_size, dtype=torch.uint8)
-        twin.learn()
+        twin.learn(self.student_steps)
         begun = time.perf_counter()
-        twin.learn()
-        steps = sum(map(self.learns_after, range(len(self.parts)))) * self.config.student_steps
-        seconds = found["seconds"] + steps * (time.perf_counter() - begun)
+        twin.learn(self.student_steps)
+        seconds = found["seconds"] + self.student_steps * (time.perf_counter() - begun)
         memory = min(self.config.memory, self.task.images) * float(twin.memory.numel())
         return {"seconds": seconds, "memory_bytes": found["memory_bytes"] + memory}

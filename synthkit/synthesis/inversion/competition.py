@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,12 @@ class CoTrainedStudent:
         """Add uint8 images; the oldest are forgotten beyond `config.memory`."""
         self.memory = torch.cat([self.memory, images.cpu()])[-self.config.memory :]
 
-    def learn(self) -> Tensor:
-        """One SGD step on augmented images of the memory; returns the loss T^2 KL(teacher || student)."""
+    def learn(self, total: int) -> Tensor:
+        """One SGD step of `total` on augmented images of the memory; returns the loss T^2 KL(teacher || student)."""
         from synthkit.data.augment import augment
 
+        rate = 0.5 * self.config.student_lr * (1 + math.cos(math.pi * self.step / total))
+        self.optimizer.param_groups[0]["lr"] = rate
         device = self.task.runtime.device
         draw = self.task.rng(f"student-{self.step}", device="cpu")
         rows = torch.randint(0, len(self.memory), (self.config.student_batch,), generator=draw)
