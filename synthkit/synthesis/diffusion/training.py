@@ -196,8 +196,8 @@ def teach_unet(given: TeachConfig) -> TeachResult:
         card = _card(cfg, kind, train, metrics)
         save_pipeline(path, job.denoiser.average, job.scheduler, card)
         spent = time.process_time() - cpu if found is None else None  # known for an unbroken run only
-        facts = {"kind": "teach-unet", "arch": "unet", "data": cfg.data, "cpu_seconds": spent}
-        run.write_json("result.json", {**facts, **metrics})
+        metrics |= {"kind": "teach-unet", "arch": "unet", "data": cfg.data, "cpu_seconds": spent}
+        run.write_json("result.json", metrics)
         finish_run(run, seconds=metrics["seconds"], wall_seconds=time.monotonic() - began)
         trainer.state.clear()
     runtime.accelerator.wait_for_everyone()
