@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--teacher", default=None, help="model spec instead of the recipe's teacher")
     parser.add_argument("--judge", required=True, help="model spec of the network that judges; it takes no part")
     parser.add_argument("--images", type=int, default=None, help="images of each bank instead of the recipe's")
+    parser.add_argument("--control-images", type=int, default=None, help="images of the control bank, where fewer do")
     parser.add_argument("--distill", default=None, help="recipe of the student (its bank is replaced)")
     parser.add_argument("--eval-data", default=None, help="labelled data spec, for the student alone; last epoch")
     parser.add_argument("--seed", type=int, default=0, help="seed of banks and student")
@@ -48,7 +49,12 @@ def measure(args: Any) -> dict[str, Any]:
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     overrides |= {"seed": args.seed, "resume": True} | ({"runtime": {"threads": args.threads}} if args.threads else {})
     config: SynthesizeConfig = load_recipe(args.recipe, {**overrides, "out": str(args.work / "deepinversion")})
-    without = replace(config, method=replace(config.method, bn=0.0), out=str(args.work / "cross_entropy"))
+    without = replace(
+        config,
+        method=replace(config.method, bn=0.0),
+        images=args.control_images or config.images,
+        out=str(args.work / "cross_entropy"),
+    )
     table, student = {}, None
     for name, own in (("deepinversion", config), ("cross_entropy", without)):
         bank = synthesize(own)
