@@ -10,15 +10,21 @@ from synthkit.synthesis.matching.flat import flattened
 from synthkit.synthesis.matching.memory import SavedBytes, free_bytes
 
 if TYPE_CHECKING:
+    from synthkit.synthesis.matching.engines import InnerRun
     from synthkit.synthesis.matching.mtt import MTT
 
 ROOMY = 0.5  # share of the free memory that unrolling may take
 
 
+def probe_run(method: MTT, steps: int) -> InnerRun:
+    """A throw-away inner run of `steps` student steps from fresh weights."""
+    start = flattened(method.build(0))
+    return method.inner_run(method.task.rng("probe", "cpu"), start, start + 0.01, steps)
+
+
 def probe(method: MTT, engine: str, steps: int) -> tuple[float, int]:
     """Seconds of `steps` student steps by `engine`, and the bytes that autograd held at once."""
-    start = flattened(method.build(0))
-    run = method.inner_run(method.task.rng("probe", "cpu"), start, start + 0.01, steps)
+    run = probe_run(method, steps)
     begun = time.perf_counter()
     with SavedBytes() as saved:
         method.gradients(run, engine)
