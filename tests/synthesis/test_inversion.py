@@ -168,6 +168,16 @@ def test_a_real_start_says_so():
         method({"init": "real"}, data=lacking)
 
 
+def test_a_coarse_stage_needs_a_network_that_takes_it():
+    flat = TeacherView(
+        torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(192, 10)), [0.5] * 3,
+        [0.5] * 3, input_size=(3, 8, 8), num_classes=10, name="flat",
+    )  # fmt: skip
+    with pytest.raises(RequirementError, match="4 x 4.*--method.coarse_iterations 0"):
+        method({"coarse_iterations": 1}, teachers=[flat])
+    assert method(teachers=[flat]).make_batch(0, 4).images.shape == (4, 3, 8, 8)
+
+
 # ---- what is minimised -----------------------------------------------------------------------------------------------
 
 

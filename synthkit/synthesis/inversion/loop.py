@@ -70,6 +70,7 @@ class Inverter:
         self.stages = self.plan()
         if any(height % stage.pool or width % stage.pool for stage in self.stages):
             raise ConfigError("method.coarse must divide the sides of the images", got=config.coarse)
+        self._check_sizes()
         self.bn_weights = [self._layer_weights(teacher) if config.bn else [] for teacher in self.teachers]
         if task.warn and config.bn and task.per_shard < min(config.batch_size, task.images):
             task.warn(
@@ -238,6 +239,21 @@ class Inverter:
             view = (view * first[1] + (first[0] - own[0])) / own[1]
         with self.task.runtime.autocast():
             return widened(network.module(view))
+
+    def _check_sizes(self) -> None:
+        """Refuse a coarse stage for networks that take images of one size only."""
+        channels, height, width = self.task.image_spec.shape
+        for pool in {stage.pool for stage in self.stages} - {1}:
+            small = torch.zeros(1, channels, height // pool, width // pool, device=self.device)
+            for network in [*self.teachers, *([self.competitor] if self.competitor else [])]:
+                try:
+                    with torch.no_grad():
+                        network.module(small)
+                except RuntimeError as error:
+                    raise RequirementError(
+                        f"{network.name} cannot look at images of {height // pool} x {width // pool}",
+                        hint="switch the coarse stage off: --method.coarse_iterations 0",
+                    ) from error
 
     def _layer_weights(self, teacher: Any) -> list[float]:
         count = len(teacher.batchnorms())

@@ -45,14 +45,13 @@ class Views:
             return view.flip(3) if self.flip[0] else view
         height, width = pixels.shape[2:]
         box = np.tile([0, 0, height, width], (len(self.roll), 1)) if self.box is None else self.box
-        unmoved = np.zeros(len(self.flip), bool)
-        down = torch.from_numpy(resampling(height, box[:, 0], box[:, 2], self.roll[:, 0], unmoved)).to(pixels)
-        across = torch.from_numpy(resampling(width, box[:, 1], box[:, 3], self.roll[:, 1], self.flip)).to(pixels)
-        return torch.matmul(torch.matmul(down[:, None], pixels), across[:, None].mT).contiguous(
-            memory_format=torch.channels_last
-            if pixels.is_contiguous(memory_format=torch.channels_last)
-            else torch.contiguous_format  # fmt: skip
-        )
+        drawn = np.concatenate([box, self.roll, self.flip[:, None]], 1).T
+        top, left, h, w, rows, columns, flip = torch.from_numpy(drawn).to(pixels.device, pixels.dtype)
+        down = resampling(height, top, h, rows, torch.zeros_like(flip))
+        across = resampling(width, left, w, columns, flip)
+        channels_last = pixels.is_contiguous(memory_format=torch.channels_last)
+        memory = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.matmul(torch.matmul(down[:, None], pixels), across[:, None].mT).contiguous(memory_format=memory)
 
 
 def draw_views(
@@ -87,21 +86,14 @@ def crop_boxes(rng: np.random.Generator, count: int, size: tuple[int, int], smal
     return np.stack([top, left, h, w], 1)
 
 
-def resampling(size: int, start: np.ndarray, extent: np.ndarray, roll: np.ndarray, flip: np.ndarray) -> np.ndarray:
-    """(n, size, size) weights M: output i = sum_k M[i, k] input k, along one axis.
+def resampling(size: int, start: Tensor, extent: Tensor, roll: Tensor, flip: Tensor) -> Tensor:
+    """(n, size, size) weights M along one axis: output i = sum_k M[i, k] input k; the arguments are (n,) floats.
 
     The stretch [start, start + extent) is spread over the whole axis (bilinear, pixel centres, its own border
-    repeated), rolled by `roll` (output i is element i - roll), then mirrored where `flip`.
+    repeated), rolled by `roll` (output i is element i - roll), then mirrored where `flip` is 1.
     """
-    out = np.arange(size)
-    place = np.where(flip[:, None], out[::-1], out)
-    place = (place - roll[:, None]) % size
-    at = (place + 0.5) * (extent / size)[:, None] - 0.5
-    at = np.clip(at, 0, (extent - 1)[:, None])
-    low = np.floor(at).astype(np.int64)
-    high = np.minimum(low + 1, (extent - 1)[:, None])
-    weights = np.zeros((len(roll), size, size))
-    rows = np.arange(len(roll))[:, None], out[None]
-    np.add.at(weights, (*rows, low + start[:, None]), 1 - (at - low))
-    np.add.at(weights, (*rows, high + start[:, None]), at - low)
-    return weights
+    out = torch.arange(size, dtype=start.dtype, device=start.device)
+    start, extent, roll, flip = (v[:, None] for v in (start, extent, roll, flip))
+    place = (torch.lerp(out, size - 1 - out, flip) - roll) % size
+    at = (((place + 0.5) * (extent / size) - 0.5).clamp(min=0).minimum(extent - 1) + start)[:, :, None]
+    return (1 - (at - out).abs()).clamp(min=0)
