@@ -22,7 +22,7 @@ from synthkit.synthesis.diffusion import training
 from synthkit.synthesis.diffusion.card import DiffusionCard
 from synthkit.synthesis.diffusion.checkpoints import find
 
-SMALL = {"arch": "unet", "steps": 12, "batch_size": 8, "unet_channels": (8, 8)}
+SMALL = {"arch": "unet", "steps": 12, "batch_size": 8, "unet_channels": (16, 16)}
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,9 @@ def test_presets_by_image_size():
 
 
 def test_teach_writes_a_pipeline_that_paints(data, tmp_path, capsys):
-    words = ["teach", "--arch", "unet", "--data", data, "--steps", "60", "--batch_size", "8", "--unet_channels", "8,8"]
-    assert main([*words, "--lr", "0.01", "--out", str(tmp_path / "unet"), "--device", "cpu"]) == 0
+    words = ["teach", "--arch", "unet", "--data", data, "--steps", "70", "--batch_size", "16"]
+    settings = ["--unet_channels", "16,16", "--unet_ema", "0.9", "--lr", "0.004"]
+    assert main([*words, *settings, "--out", str(tmp_path / "unet"), "--device", "cpu"]) == 0
     assert "--method.model" in capsys.readouterr().out
     card = DiffusionCard.load(tmp_path / "unet")
     assert card is not None and card.image_size == (1, 8, 8) and card.null_class == 2 and len(card.class_names) == 2
@@ -154,8 +155,9 @@ def test_all_labels_are_dropped_or_none(data, tmp_path, monkeypatch):
         ({"label_smoothing": 0.1}, "label_smoothing"),
         ({"unet_label_drop": 1.0}, "unet_label_drop"),
         ({"unet_ema": -0.1}, "unet_ema"),
-        ({"unet_channels": (12, 8)}, "multiples of 8"),
-        ({"unet_channels": (8, 8, 8, 8, 8)}, "multiple of 16"),
+        ({"unet_channels": (20, 16)}, "multiples of 8"),
+        ({"unet_channels": (16, 8)}, "at least 16"),  # one channel a group: the class would be lost
+        ({"unet_channels": (16, 16, 16, 16, 16)}, "multiple of 16"),
         ({"epochs": 2}, "exclude each other"),
         ({"lr": -1.0}, "lr must be"),
     ],

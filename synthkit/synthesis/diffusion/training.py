@@ -84,8 +84,9 @@ def unet_config(cfg: TeachConfig, size: tuple[int, int, int], num_classes: int) 
     else:
         levels = max(3, (side - 1).bit_length() - 2)
         widths = tuple(min(32 * 2**level, 256) for level in range(levels))
-    if not widths or any(width < 1 or width % GROUPS for width in widths):
-        raise ConfigError(f"unet_channels must be multiples of {GROUPS}", got=widths)
+    # time and class are added per channel: a group of a single channel would normalise them away
+    if not widths or any(width < 2 * GROUPS or width % GROUPS for width in widths):
+        raise ConfigError(f"unet_channels must be multiples of {GROUPS}, at least {2 * GROUPS}", got=widths)
     if side % 2 ** (len(widths) - 1):
         raise ConfigError(
             f"a UNet of {len(widths)} levels needs a side that is a multiple of {2 ** (len(widths) - 1)}",
