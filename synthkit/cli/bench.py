@@ -14,6 +14,7 @@ BENCHES = {
     "inversion": "a DeepInversion bank judged by a network that took no part, its controls, and a student of it",
     "diffusion": "banks of a diffusion model with and without guidance, a judge that took no part, their students",
     "matching": "distilled banks of MNIST (DC, MTT, DATM) and random real images of their size, fresh networks on each",
+    "fresh_nets": "several networks trained on a bank at once, stacked, against one after the other",
     "trajectory_memory": "memory and time of sweeping, unrolling and TESLA at several numbers of inner steps",
     "resume": "kill -9 at random moments, resume, compare shard hashes with an uninterrupted run",
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",

@@ -3,9 +3,8 @@
 Every network has its own streams of random numbers (weights, order, augmentation), a function of its seed alone, so
 that networks trained together and one by one are the same up to rounding.
 
-Measured on two CPU cores (5 networks, batches of 10 and 100): one by one is 1.2 to 1.7 times as fast as stacked for
-ConvNets (vmap turns their convolutions into grouped ones), stacked 1.5 times as fast for the MLP. Hence the rule of
-`stacking_pays` on CPUs; on other devices both are timed.
+On a CPU stacking pays for networks without convolutions alone: vmap turns convolutions into grouped ones, which are
+slower there (`synthkit bench fresh_nets`, assets/results/fresh_nets.json). On other devices both ways are timed.
 """
 
 from __future__ import annotations
