@@ -60,6 +60,11 @@ class DeepInversion(IndependentLoop):
     def __init__(self, config: DeepInversionConfig, task: Task):
         super().__init__(config, task)
         self.inverter = Inverter(config, task, task.networks.get("competitor"))
+        if task.warn and config.bn and task.per_shard < min(config.batch_size, task.images):
+            task.warn(
+                f"shards hold {task.per_shard} images, so batches are smaller than method.batch_size"
+                f" {config.batch_size} and match BatchNorm statistics worse; raise --images_per_shard"
+            )
 
     @classmethod
     def requires_for(cls, config: DeepInversionConfig) -> Requires:

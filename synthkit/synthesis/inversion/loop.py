@@ -72,11 +72,6 @@ class Inverter:
             raise ConfigError("method.coarse must divide the sides of the images", got=config.coarse)
         self._check_sizes()
         self.bn_weights = [self._layer_weights(teacher) if config.bn else [] for teacher in self.teachers]
-        if task.warn and config.bn and task.per_shard < min(config.batch_size, task.images):
-            task.warn(
-                f"shards hold {task.per_shard} images, so batches are smaller than method.batch_size"
-                f" {config.batch_size} and match BatchNorm statistics worse; raise --images_per_shard"
-            )
 
     # ---- plan ------------------------------------------------------------------------------------------------
 
