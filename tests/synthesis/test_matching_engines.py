@@ -109,8 +109,10 @@ def test_only_unrolling_holds_every_step():
     for name in ("sweep", "tesla", "unroll"):
         for steps in (5, 20):
             run, pixels, labels = problem(steps, size=COUNT, strategy="none")
+            alpha = torch.tensor(0.05, dtype=torch.float64)
             with SavedBytes() as saved:
-                ENGINES[name](run, pixels, labels, torch.tensor(0.05, dtype=torch.float64))
+                found = ENGINES[name](run, pixels, labels, alpha)
+            assert max(differences(found, ENGINES[name](run, pixels, labels, alpha))) < 1e-12, "counting changed it"
             held.setdefault(name, []).append(saved.bytes)
             assert saved._alive == 0, f"{name} left a graph behind"
     for name in ("sweep", "tesla"):

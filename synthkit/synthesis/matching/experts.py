@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthkit.bank.disk.storage import canonical_hash, read_json, staged, storage_errors
-from synthkit.errors import DataError, NonFiniteError
+from synthkit.errors import BankError, DataError, NonFiniteError
 from synthkit.lazy import F, torch
 from synthkit.paths import store_dir
 from synthkit.runtime import write_json
@@ -52,7 +52,7 @@ class ExpertBuffer:
             return
         found = _read(record).get("identity")
         if found != identity:
-            old = found if isinstance(found, dict) else {}
+            old: dict[str, Any] = found if isinstance(found, dict) else {}
             other = [name for name in sorted({*old, *identity}) if old.get(name) != identity.get(name)]
             raise DataError(
                 f"experts: {folder} holds trajectories of another task; these differ: {', '.join(other)}",
@@ -116,10 +116,11 @@ class ExpertBuffer:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise DataError(f"experts: {path} is damaged", hint="remove the folder; its experts are trained anew")
-    return found
+    try:
+        return read_json(path)
+    except BankError as error:
+        hint = "remove the folder; its experts are trained anew"
+        raise DataError(f"experts: {path} is damaged: {error.what}", hint=hint) from error
 
 
 def train_expert(

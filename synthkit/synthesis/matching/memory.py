@@ -47,7 +47,8 @@ class _Held:
     """A tensor that a node of the graph keeps; it leaves the count when the graph is freed."""
 
     def __init__(self, tensor: Tensor, counter: SavedBytes):
-        self.tensor, self._counter, self._address = tensor, counter, counter._take(tensor)
+        # detached, or an output that its own node keeps would keep that node; autograd ties it in again
+        self.tensor, self._counter, self._address = tensor.detach(), counter, counter._take(tensor)
 
     def __del__(self) -> None:
         self._counter._drop(self._address)
