@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=None, help="images of each bank instead of the recipe's")
     parser.add_argument("--judge", default="convnet_d3_w32_bn", help="architecture of the judge")
     parser.add_argument("--judge-epochs", type=int, default=2, help="passes of the judge over the real data")
+    parser.add_argument("--judge-batch", type=int, default=128, help="batch of the judge")
     parser.add_argument("--distill", default="mnist/distill-lenet5_half_bn", help="recipe of the student")
     parser.add_argument("--steps", type=int, default=None, help="steps of the student instead of the recipe's")
+    parser.add_argument("--distill-batch", type=int, default=None, help="batch of the student instead of the recipe's")
     parser.add_argument("--seeds", type=int, default=3, help="students of each bank")
     parser.add_argument("--seed", type=int, default=0, help="seed of banks and first student")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
@@ -77,7 +80,7 @@ def measure(args: Any) -> dict[str, Any]:
         "students": students,
         "synthesize": config_to_dict(guided),
         "peak_memory_bytes": peak_memory(),
-        "versions": versions(),
+        "versions": versions() | {"diffusers": version("diffusers")},
         "hardware": hardware(),
     }
 
@@ -105,8 +108,9 @@ def trained_judge(args: Any, size: list[int]) -> tuple[str, dict[str, Any]]:
     out = args.work / "judge"
     found = teach(
         TeachConfig(
-            arch=args.judge, data=args.data, epochs=args.judge_epochs, lr=0.05, image_size=size[1], seed=args.seed + 1,
-            out=str(out), resume=True, runtime=RuntimeConfig(threads=args.threads),
+            arch=args.judge, data=args.data, epochs=args.judge_epochs, batch_size=args.judge_batch, lr=0.05,
+            image_size=size[1], seed=args.seed + 1, out=str(out), resume=True,
+            runtime=RuntimeConfig(threads=args.threads),
         )
     )  # fmt: skip
     return str(found.card), {"arch": args.judge, "epochs": args.judge_epochs, "test_top1": found.metrics.get("top1")}
@@ -120,7 +124,8 @@ def student(args: Any, bank: str, name: str, control: str, runtime: dict[str, An
         "bank": bank, "seed": args.seed, "seeds": args.seeds, "control": control, "eval_data": args.data,
         "out": str(args.work / f"student-{name}"), "resume": True, **runtime,
     }  # fmt: skip
-    config = load_recipe(args.distill, overrides | ({"steps": args.steps} if args.steps else {}))
+    given = {"steps": args.steps, "batch_size": args.distill_batch}
+    config = load_recipe(args.distill, overrides | {key: value for key, value in given.items() if value is not None})
     found = distill(config)
     other, headline = found.control or {}, found.metrics
     return {
