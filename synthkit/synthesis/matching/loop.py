@@ -1,7 +1,8 @@
 """The loop that all matching methods share: pixels are parameters, a method says what one outer iteration does to them.
 
 It owns the pixels and their optimiser, the first images, labels, progress, figures, health, state, and the images at
-the end. After every iteration it offers the engine a safe point.
+the end. After every iteration it offers the engine a safe point. Gradients of gradients are taken in float32, whatever
+the run's precision is: what is matched are differences of nearby numbers.
 """
 
 from __future__ import annotations
