@@ -48,7 +48,8 @@ class DeepInversion(IndependentLoop):
     Source: Yin et al., "Dreaming to distill" (CVPR 2020, arXiv 1912.08795); NVlabs/DeepInversion@2413af1. Crops and
         their curriculum: SRe2L (arXiv 2306.13092), CDA (arXiv 2311.18838), VILA-Lab/SRe2L@8d00cba.
     Differs from source: the last iterate is kept (the CIFAR script's "best" is an alias of it); every shard's classes
-        are balanced; a shard is cut into batches of nearly equal size; the teacher is frozen.
+        are balanced; a shard is cut into nearly equal batches; the teacher is frozen; mosaic starts are tiles of
+        random crops, not of the ones that the teacher likes best (RDED).
     Cost: per iteration one forward and one backward to the input of each teacher in use (and competitor); O(B).
     """
 
