@@ -67,6 +67,8 @@ def _check_words(cfg: EvaluateConfig) -> None:
     for name in others:
         if getattr(cfg, name) != defaults[name]:
             raise UsageError(f"--{name.replace('_', '-')} does not go with {chosen}", got=getattr(cfg, name))
+    if cfg.bank and (cfg.runtime.precision == "bf16" or cfg.runtime.compile):
+        raise UsageError("--bank trains in float32 without torch.compile, as the protocols do", hint="leave that out")
     if cfg.limit is not None and cfg.limit < 1:
         raise UsageError("limit must be at least 1", got=cfg.limit)
 

@@ -17,7 +17,7 @@ COMMANDS: dict[str, str] = {
     "relabel": "further labels of a bank's images, or of stored views of them, by any teacher",
     "distill": "train a student from a bank alone",
     "teach": "train a teacher on real data",
-    "evaluate": "measure a model on labelled data, or its agreement with its teacher",
+    "evaluate": "measure a model, its agreement with its teacher, or what a bank teaches fresh networks",
     "bank": "info, verify, repair, merge, dedup, stats, privacy audit, import, push, pull, ... of a bank",
     "export": "a bank as ImageFolder, parquet, WebDataset, MDS, npz, .pt or safetensors",
     "report": "one self-contained HTML page of runs and banks",

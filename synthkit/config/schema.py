@@ -259,5 +259,5 @@ class EvaluateConfig:
     out: str | None = None
     """Write the result as JSON to this file too."""
     seed: int = 0
-    """Seed of the sample."""
+    """Seed of the sample; with --bank also of networks, order, augmentation and the control."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -317,6 +317,8 @@ def test_model_and_bank_exclude_each_other(tmp_path, data):
         synthkit.evaluate("x", data=data, nets=3)
     with pytest.raises(UsageError, match="--split does not go with --bank"):
         synthkit.evaluate(bank=tmp_path / "b", data=data, split="train")
+    with pytest.raises(UsageError, match="float32"):
+        synthkit.evaluate(bank=tmp_path / "b", data=data, precision="bf16")
     with pytest.raises(UsageError, match="needs real data"):
         synthkit.evaluate(bank=tmp_path / "b")
 
