@@ -97,5 +97,7 @@ def check_names(config: Any) -> None:
     ]
     for spec in specs:
         name = (spec or "auto").partition("@")[0]
+        if name == "unet":  # of `teach`: a diffusion model, no classifier
+            continue
         if name != "auto" and "/" not in name and not name.endswith((".yaml", ".yml", ".json")) and ":" not in name:
             resolve_name(name)

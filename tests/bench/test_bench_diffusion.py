@@ -13,7 +13,7 @@ from synthkit.cli.main import main
 
 def test_steps_of_the_diffusion_family(capsys):
     words = ["bench", "steps", "--family", "diffusion", "--batch", "2", "--repeats", "1", "--threads", "1"]
-    assert main([*words, "--channels", "16,16"]) == 0
+    assert main([*words, "--channels", "16,16", "--size", "8", "--teacher", "convnet_d1_w8_bn"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["ratio"]) == {"step", "guided_step", "guided_step_through"}
     assert all(0.3 < ratio < 30 for ratio in found["ratio"].values())
