@@ -7,6 +7,9 @@ from typing import Any
 from synthkit.cli.arguments import table
 
 
+PARTS = (("bank", "bank"), ("control", "random real"))
+
+
 def render(result: dict[str, Any]) -> str:
     """What was trained on what, then one row per network and set; warnings stand at the end, where they are read."""
     bank, data, protocol = result["bank"], result["data"], result["protocol"]
@@ -40,7 +43,16 @@ def _results(result: dict[str, Any]) -> list[str]:
                 f"{arch}: HLR {100 * ranks['hlr']:.2f}, IOR {100 * ranks['ior']:.2f}, LRS {100 * ranks['lrs']:.2f} "
                 f"(full data {100 * ranks['full']:.2f} %, bank with hard labels {100 * ranks['hard']:.2f} %)"
             )
-    return [table(rows), f"top-1 in %, last epoch, mean and std over {result['nets']} network(s)", *scores]
+    text = [table(rows), f"top-1 in %, last epoch, mean and std over {result['nets']} network(s)"]
+    text.append("each network, last epoch (best of a short curve on a part of the test set):")
+    nets = [
+        (f"  {arch}", name, _each(found[part])) for arch, found in result["results"].items() for part, name in PARTS
+    ]
+    return [*text, table(nets), *scores]
+
+
+def _each(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{100 * net['last']:.2f} ({100 * net['best']:.2f})" for net in summary["nets"])
 
 
 def _figure(summary: dict[str, Any]) -> str:

@@ -118,6 +118,8 @@ class _Job:
         self.bank, self.data, self.options, self.runtime = bank, data, options, runtime
         self.notes: list[str] = []
         self.warnings: list[str] = []
+        if not bank.complete:
+            self.warnings.append(f"the bank is unfinished: {len(bank):,} of {bank.spec.images:,} images")
         self.name, self.why = self._protocol()
         self.protocol: DDProtocol = dd_protocols.protocol_named(self.name)
         self.soft, self.rate = self._soft(), self._rate()

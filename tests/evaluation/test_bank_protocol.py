@@ -254,6 +254,19 @@ def test_data_without_a_train_split(tmp_path, data):
     assert result["data"]["control"] == data and result["data"]["control_split"] == "train"
 
 
+def test_an_unfinished_bank_is_said(tmp_path, data):
+    images, labels = bars(3, 0)
+    spec = {"shape": (1, 8, 8), "num_classes": 3, "mean": [0.2], "std": [0.3], "class_names": NAMES}
+    writer = BankWriter.create(
+        tmp_path / "b", BankSpec(images=6, images_per_shard=3, label_kind="target", recipe={}, **spec)
+    )
+    with pytest.raises(BankError, match="no shard"):
+        quick(Bank(tmp_path / "b"), data)
+    writer.write_shard(0, {"images": images, "labels": labels.astype(np.int32)}, {})
+    result = quick(Bank(tmp_path / "b"), data, arch="mlp", nets=1, epochs=1)
+    assert "unfinished: 3 of 6 images" in result["warnings"][0] and result["bank"]["images"] == 3
+
+
 def test_refusals(tmp_path, data):
     bank = make(tmp_path / "b")
     with pytest.raises(ConfigError, match="did you mean 'dsa'"):
