@@ -6,7 +6,6 @@ from typing import Any
 
 from synthkit.cli.arguments import table
 
-
 PARTS = (("bank", "bank"), ("control", "random real"))
 
 
