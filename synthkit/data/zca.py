@@ -6,15 +6,16 @@ x: flattened images in [0, 1]; U, S: eigenvectors and eigenvalues of their covar
 `matching` 1.6; the same numbers as kornia's `ZCAWhitening(eps=0.1, compute_inv=True)`.
 
 Differs from source: the covariance is summed in chunks in float64 and decomposed as a symmetric matrix, so that the
-    memory does not grow with the number of images (kornia holds several float copies of the set) and no autocast or
-    TF32 setting reaches the fit.
+    memory does not grow with the number of images (kornia holds several float copies of the set); no autocast or TF32
+    setting reaches fit or transform.
 Cost: O(N D^2 + D^3) time, four matrices of D^2 float64 numbers; D = C H W.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -104,9 +105,21 @@ class ZCA:
     def _map(self, images: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
         if math.prod(images.shape[1:]) != self.mean.numel():
             raise DataError(f"zca: fitted on images of {self.mean.numel()} numbers", got=tuple(images.shape))
-        with torch.autocast(images.device.type, enabled=False):
+        with _full_precision(images.device.type):
             parts = [rows(images[i : i + _CHUNK].flatten(1)) for i in range(0, max(len(images), 1), _CHUNK)]
         return torch.cat(parts).view(images.shape)
+
+
+@contextlib.contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """float32 products that are float32: neither autocast nor TF32, whose ten bits would show in whitened pixels."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def _unit(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -70,6 +70,27 @@ def test_autocast_is_kept_out():
     assert torch.equal(inside, zca.whiten(pixels)) and torch.equal(refit.matrix, zca.matrix)
 
 
+@pytest.fixture(params=[True, False])
+def tf32(request):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_tf32_is_off_inside_and_put_back(tf32):
+    zca, seen = ZCA.fit(images()), []
+    zca._map(images(5), lambda part: (seen.append(torch.backends.cuda.matmul.allow_tf32), part.float())[1])
+    assert seen == [False] and torch.backends.cuda.matmul.allow_tf32 == tf32
+
+    def broken(part: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        zca._map(images(5), broken)
+    assert torch.backends.cuda.matmul.allow_tf32 == tf32
+
+
 def test_gradient_passes():
     zca = ZCA.fit(images())
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
