@@ -123,6 +123,8 @@ class _Job:
         self.name, self.why = self._protocol()
         self.protocol: DDProtocol = dd_protocols.protocol_named(self.name)
         self.soft, self.rate = self._soft(), self._rate()
+        if options.teacher is not None and not self.soft:
+            self.notes.append("the teacher is not used: it would label the control softly, and labels are hard")
         archs = [options.arch or self.protocol.arch or dd_protocols.own_arch(bank.spec.recipe, bank.shape[-1])]
         self.archs = list(dict.fromkeys(resolve_name(name) for name in [*archs, *options.cross]))
         for name in self.archs:

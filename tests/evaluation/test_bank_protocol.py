@@ -183,7 +183,8 @@ def test_learnt_step_size_and_soft_labels(tmp_path, data):
 
 def test_missing_step_size_or_soft_labels_are_said(tmp_path, data):
     bank = make(tmp_path / "b", recipe={"method": {"name": "mtt", "arch": "mlp"}})
-    result = evaluate_bank(bank, data, epochs=2, nets=1, protocol="datm")
+    result = evaluate_bank(bank, data, epochs=2, nets=1, protocol="datm", teacher="lenet5_bn")
+    assert any("teacher is not used" in note for note in result["notes"])
     assert any("no learnt step size" in note for note in result["notes"])
     assert any("stores no logits" in note for note in result["notes"]) and result["bank"]["labels"] == "hard"
     with pytest.raises(RequirementError, match="--labels hard"):
