@@ -120,15 +120,12 @@ class DiffusionLoop(IndependentLoop):
             images=images.cpu(), labels=labels, logits=logits, difficulty=difficulty, step=start + count
         )  # fmt: skip
 
-    def sample(
-        self, labels: Tensor, start: int, tick: Callable[[], None] | None = None, steps: int | None = None
-    ) -> Tensor:
+    def sample(self, labels: Tensor, start: int, tick: Callable[[], None] | None = None) -> Tensor:
         """Images (B, C, H, W) of classes `labels` (B,): [0, 1] up to small excursions, in the size of the bank.
 
         Args:
             start: the first row, which decides noise and guidance.
             tick: called after every step.
-            steps: stop after so many (for measuring); None goes to the end.
 
         Raises:
             NonFiniteError: an image became NaN or infinite.
@@ -139,7 +136,7 @@ class DiffusionLoop(IndependentLoop):
         state = self.sampler.start(torch.randn(len(labels), *self.layout.state_shape, generator=draw)).to(self.device)
         times, condition = self.sampler.times.to(self.device), self.painter.condition(labels)
         energy, scale = self.energy(labels, start), self.guidance_scale(start, len(labels)).to(self.device)
-        for step in range(self.sampler.steps if steps is None else min(steps, self.sampler.steps)):
+        for step in range(len(times)):
             output = self.predict(state, step, times[step], condition, energy, scale)
             state = self.sampler.update(output, step, state, draw)
             if tick:
@@ -179,25 +176,30 @@ class DiffusionLoop(IndependentLoop):
         return fitted(self.painter.decode(clean).clamp(0, 1), self.spec.shape)
 
     def estimate(self) -> dict[str, float]:
-        """{"seconds", "memory_bytes"} of the whole run, from one guided step on a few images (after one to warm up)."""
+        """{"seconds", "memory_bytes"} of the whole run, from a guided step and the last look at a few images."""
         count = min(self.config.batch_size, self.task.images, 16 if self.device.type == "cpu" else 10**9)
         labels = torch.arange(count, device=self.device) % self.spec.num_classes
         last = self.sampler.steps - 1  # has the most signal, so it is guided if any is
         energy, scale = self.energy(labels, 0), self.guidance_scale(0, count).to(self.device)
         state = torch.zeros(count, *self.layout.state_shape, device=self.device)
-        now, condition, spent = self.sampler.times[last].to(self.device), self.painter.condition(labels), []
-        for _ in range(2):
-            self.sampler.restart()
+        now, condition = self.sampler.times[last].to(self.device), self.painter.condition(labels)
+
+        def seconds_of(work: Callable[[], Any]) -> float:
             begun = time.perf_counter()
-            self.predict(state, last, now, condition, energy, scale)
+            work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            spent.append(time.perf_counter() - begun)
+            return time.perf_counter() - begun
+
+        self.sampler.restart()
+        step = min(seconds_of(lambda: self.predict(state, last, now, condition, energy, scale)) for _ in range(2))
+        with torch.no_grad():
+            look = seconds_of(lambda: self.painter.decode(state))
         with SavedBytes() as counter:
             self.painter(self.sampler.scaled(state.requires_grad_(), last), now, condition)
         kept = counter.bytes * self.config.batch_size / count  # all activations; without a graph few live at a time
         weights = sum(p.numel() * p.element_size() for p in self.painter.network.parameters())
         return {
-            "seconds": max(min(spent) * self.sampler.steps * self.task.images / count, 1e-6),
+            "seconds": (step * self.sampler.steps + look) * self.task.images / count,
             "memory_bytes": weights + (kept if self.config.through and energy is not None else kept / 4),
         }
