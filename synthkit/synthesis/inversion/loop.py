@@ -268,7 +268,7 @@ class Inverter:
     def estimate(self) -> dict[str, float]:
         """{"seconds", "memory_bytes"} of all images, from two iterations of a small batch per stage."""
         rows = min(self.config.batch_size, self.task.images)
-        small = min(rows, 8) if self.device.type == "cpu" else rows
+        small = min(rows, 32) if self.device.type == "cpu" else rows
         seconds, saved = 0.0, 0
         for stage in self.stages:
             job = Job(self, 0, self.labels(0, small), torch.zeros(small, *self.task.image_spec.shape), t=stage.first)
