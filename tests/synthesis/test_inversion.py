@@ -194,8 +194,8 @@ def test_layer_weights():
         mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), correction=0)
         parts = (mean - layer.running_mean).norm() + 2 * (variance - layer.running_var).norm()
         expected = expected + weight * parts
-    close(bn_penalty(statistics, [3.0, 0.5], 2.0), expected)
-    assert method({"bn_layers": (2.0, 5.0), "bn_first": 10.0}).inverter.bn_weights == [[20.0, 5.0]]
+    close(bn_penalty(statistics, torch.tensor([3.0, 0.5]), 2.0), expected)
+    assert method({"bn_layers": (2.0, 5.0), "bn_first": 10.0}).inverter.bn_weights[0].tolist() == [20.0, 5.0]
     with pytest.raises(ConfigError, match="2 BatchNorm layers"):
         method({"bn_layers": (1.0,)})
 

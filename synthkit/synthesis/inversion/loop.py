@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from synthkit.models.bn_stats import BatchNormStatistics
-    from synthkit.models.view import ModelView
+    from synthkit.models.view import ModelView, TeacherView
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Inverter:
         if any(height % stage.pool or width % stage.pool for stage in self.stages):
             raise ConfigError("method.coarse must divide the sides of the images", got=config.coarse)
         self._check_sizes()
-        self.bn_weights = [self._layer_weights(teacher) if config.bn else [] for teacher in self.teachers]
+        self.bn_weights = [self._layer_weights(teacher) for teacher in self.teachers] if config.bn else []
 
     # ---- plan ------------------------------------------------------------------------------------------------
 
@@ -239,18 +239,18 @@ class Inverter:
         """Refuse a coarse stage for networks that take images of one size only."""
         channels, height, width = self.task.image_spec.shape
         for pool in {stage.pool for stage in self.stages} - {1}:
-            small = torch.zeros(1, channels, height // pool, width // pool, device=self.device)
             for network in [*self.teachers, *([self.competitor] if self.competitor else [])]:
+                like = next(network.module.parameters())
                 try:
                     with torch.no_grad():
-                        network.module(small)
+                        network.module(like.new_zeros(1, channels, height // pool, width // pool))
                 except RuntimeError as error:
                     raise RequirementError(
                         f"{network.name} cannot look at images of {height // pool} x {width // pool}",
                         hint="switch the coarse stage off: --method.coarse_iterations 0",
                     ) from error
 
-    def _layer_weights(self, teacher: Any) -> list[float]:
+    def _layer_weights(self, teacher: TeacherView) -> Tensor:
         count = len(teacher.batchnorms())
         if not count:
             raise RequirementError(
@@ -261,7 +261,7 @@ class Inverter:
             raise ConfigError(
                 f"method.bn_layers: {teacher.name} has {count} BatchNorm layers", got=f"{len(weights)} factors"
             )
-        return [weights[0] * self.config.bn_first, *weights[1:]]
+        return torch.tensor([weights[0] * self.config.bn_first, *weights[1:]], device=self.device)
 
     # ---- cost ------------------------------------------------------------------------------------------------
 
@@ -285,14 +285,14 @@ class Inverter:
         return {"seconds": max(seconds, 1e-6), "memory_bytes": saved * rows / small * 1.5 + weights}
 
 
-def bn_penalty(statistics: BatchNormStatistics, weights: list[float], variance: float = 1.0) -> Tensor:
+def bn_penalty(statistics: BatchNormStatistics, weights: Tensor, variance: float = 1.0) -> Tensor:
     """sum_l w_l (variance ||v_l - running_var_l||_2 + ||m_l - running_mean_l||_2), a scalar in fp32 at least."""
     means, variances = zip(*statistics.batch, strict=True)
     running_means, running_variances = zip(*statistics.running, strict=True)
     norm = torch.linalg.vector_norm
     of_means = torch.stack([norm(a - b) for a, b in zip(means, running_means, strict=True)])
     of_variances = torch.stack([norm(a - b) for a, b in zip(variances, running_variances, strict=True)])
-    return ((of_means + variance * of_variances) * of_means.new_tensor(weights)).sum()
+    return ((of_means + variance * of_variances) * weights.to(of_means.dtype)).sum()
 
 
 def requires_of(config: InversionConfig, *, shardable: bool, networks: tuple[str, ...]) -> Requires:
