@@ -18,7 +18,7 @@ from synthkit.runtime import hardware, versions, write_json
 def main(argv: list[str]) -> int:
     """Parse, run, print JSON."""
     parser = Arguments(prog="synthkit bench fresh_nets", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", default="convnet_w32,convnet,mlp,alexnet_dd", help="networks, separated by commas")
+    parser.add_argument("--arch", default="convnet_w32,convnet,mlp,lenet_dd", help="networks, separated by commas")
     parser.add_argument("--batch", default="10,100", help="batch sizes, separated by commas")
     parser.add_argument("--nets", type=int, default=5, help="networks trained at once")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, the fastest of which counts")
