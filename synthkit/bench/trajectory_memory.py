@@ -71,7 +71,7 @@ def _child(argv: list[str], what: str) -> dict[str, Any]:
 def one(args: Any, engine: str, steps: str) -> dict[str, Any]:
     """Measure `engine` at `steps` student steps in this process."""
     from synthkit.config.schema import RuntimeConfig
-    from synthkit.synthesis.matching.memory import SavedBytes
+    from synthkit.synthesis.memory import SavedBytes
 
     Runtime.create(RuntimeConfig(device="cpu", threads=args.threads))
     run, size = problem(args, int(steps))

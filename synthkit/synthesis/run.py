@@ -16,9 +16,10 @@ from synthkit.bank import BankWriter
 from synthkit.bank.state import entries
 from synthkit.errors import RunError
 from synthkit.lazy import torch
-from synthkit.runtime import RunDir, Runtime, format_bytes, format_seconds
+from synthkit.runtime import RunDir, format_bytes, format_seconds
 from synthkit.synthesis.base import ImageBatch, Synthesizer, Task, flatten_state, unflatten_state
 from synthkit.synthesis.columns import COLUMNS, arrays_of
+from synthkit.synthesis.memory import free_bytes
 from synthkit.synthesis.record import RunRecord
 
 if TYPE_CHECKING:
@@ -237,18 +238,9 @@ def announce(method: Synthesizer, writer: BankWriter, record: RunRecord) -> None
             "that is long: lower --method.epochs, --method.batch_size or --method.width, or take a shipped recipe"
             " (synthkit list recipes); a run stopped with Ctrl-C goes on with --resume",
         )
-    free = free_memory(runtime)
+    free = free_bytes(runtime.device)
     if estimate["memory_bytes"] > free:
         record.warn(
             f"the run needs about {format_bytes(estimate['memory_bytes'])}, {format_bytes(free)} are free;"
             " lower --method.batch_size"
         )
-
-
-def free_memory(runtime: Runtime) -> int:
-    """Free bytes on the run's device (on the CPU: available memory)."""
-    if runtime.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(runtime.device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

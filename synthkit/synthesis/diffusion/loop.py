@@ -21,8 +21,8 @@ from synthkit.synthesis.diffusion.config import DiffusionConfig
 from synthkit.synthesis.diffusion.guidance import guided_noise
 from synthkit.synthesis.diffusion.painter import Painter, fitted
 from synthkit.synthesis.diffusion.samplers import Sampler, noise_of, prediction_of
-from synthkit.synthesis.generator.cost import SavedBytes
 from synthkit.synthesis.independent import IndependentLoop
+from synthkit.synthesis.memory import SavedBytes
 
 if TYPE_CHECKING:
     from torch import Tensor

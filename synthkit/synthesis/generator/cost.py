@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from synthkit.lazy import torch
+from synthkit.synthesis.memory import SavedBytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from synthkit.synthesis.generator.loop import GeneratorLoop
 
 _SMALL = 32  # images of a measured step on a CPU; seconds and saved bytes grow linearly with the batch
@@ -55,24 +54,3 @@ def _twin(loop: GeneratorLoop) -> GeneratorLoop:
     object.__setattr__(twin.config, "batch_size", small)
     twin._reset_figures()
     return twin
-
-
-class SavedBytes:
-    """Counts the bytes that autograd keeps for backward while it is open."""
-
-    def __enter__(self):
-        seen: set[int] = set()
-        self.bytes = 0
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                self.bytes += tensor.numel() * tensor.element_size()
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        self._hooks.__exit__(*args)

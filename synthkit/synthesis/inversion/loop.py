@@ -23,12 +23,12 @@ from synthkit.synthesis.base import (
     widened,
 )
 from synthkit.synthesis.curriculum import crop_lower_bound
-from synthkit.synthesis.generator.cost import SavedBytes
 from synthkit.synthesis.inversion.config import InversionConfig
 from synthkit.synthesis.inversion.job import Job, learning_rate
 from synthkit.synthesis.inversion.start import RealStart, noise_start
 from synthkit.synthesis.inversion.views import Views, draw_views
 from synthkit.synthesis.losses import adi_divergence, adversarial_js
+from synthkit.synthesis.memory import SavedBytes
 from synthkit.synthesis.priors import l2_batch, l2_mean, tv_l1, tv_l2
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from synthkit.lazy import torch
 from synthkit.synthesis.matching.flat import flattened
-from synthkit.synthesis.matching.memory import SavedBytes, free_bytes
+from synthkit.synthesis.memory import SavedBytes, free_bytes
 
 if TYPE_CHECKING:
     from synthkit.synthesis.matching.engines import InnerRun

@@ -27,8 +27,8 @@ from synthkit.synthesis.base import (
     to_uint8,
 )
 from synthkit.synthesis.matching.config import MatchingConfig
-from synthkit.synthesis.matching.memory import SavedBytes
 from synthkit.synthesis.matching.pool import RealPool, Space
+from synthkit.synthesis.memory import SavedBytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
