@@ -301,7 +301,7 @@ def test_a_teacher_without_batchnorm(tmp_path, capsys):
 
 
 def test_too_little_memory_is_said(teacher, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "free_memory", lambda runtime: 1)
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1)
     engine.synthesize(config(teacher, tmp_path / "bank"))
     assert "lower --method.batch_size" in capsys.readouterr().err
 

@@ -16,8 +16,8 @@ from synthkit.synthesis.matching import dc as dc_module
 from synthkit.synthesis.matching.dc import DC
 from synthkit.synthesis.matching.distances import gradient_distance
 from synthkit.synthesis.matching.dm import feature_network
-from synthkit.synthesis.matching.memory import SavedBytes
 from synthkit.synthesis.matching.siamese import augmented, augmented_pair, freeze_statistics, strategy_of
+from synthkit.synthesis.memory import SavedBytes
 
 from .tiny import task
 from .tiny_real import patterned

@@ -13,7 +13,7 @@ from synthkit.models.build import build_model
 from synthkit.synthesis.matching.distances import soft_cross_entropy
 from synthkit.synthesis.matching.engines import ENGINES, Gradients, InnerRun, minibatches
 from synthkit.synthesis.matching.flat import FlatNetwork, flattened
-from synthkit.synthesis.matching.memory import SavedBytes
+from synthkit.synthesis.memory import SavedBytes
 
 CLASSES, SIDE, COUNT = 4, 8, 6
 
