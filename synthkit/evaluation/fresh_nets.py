@@ -3,8 +3,8 @@
 Every network has its own streams of random numbers (weights, order, augmentation), a function of its seed alone, so
 that networks trained together and one by one are the same up to rounding.
 
-On a CPU stacking pays for networks without convolutions alone: vmap turns convolutions into grouped ones, which are
-slower there (`synthkit bench fresh_nets`, assets/results/fresh_nets.json). On other devices both ways are timed.
+On a CPU stacking does not pay: vmap turns convolutions into grouped ones, which are slower there, and the others gain
+next to nothing (`synthkit bench fresh_nets`, assets/results/fresh_nets.json). On other devices both ways are timed.
 """
 
 from __future__ import annotations
@@ -227,18 +227,27 @@ def train_together(
 
 def stacking_pays(build: Build, pictures: Pictures, training: Training, count: int) -> bool:
     """Whether `count` networks train faster stacked than one by one (see the module's docstring)."""
-    template = build(0)
-    if count < 2 or has_batchnorm(template):
+    if count < 2 or pictures.images.device.type == "cpu" or has_batchnorm(build(0)):
         return False
-    device = pictures.images.device
-    if device.type == "cpu":
-        return not any(isinstance(m, nn.modules.conv._ConvNd) for m in template.modules())
     together = step_seconds(build, pictures, training, count)[0]
     return together < count * step_seconds(build, pictures, training, 1)[0]
 
 
-def step_seconds(build: Build, pictures: Pictures, training: Training, count: int) -> tuple[float, int]:
-    """(seconds of one step of `count` stacked networks, bytes that it keeps for backward), on throw-away networks."""
+def step_seconds(
+    build: Build,
+    pictures: Pictures,
+    training: Training,
+    count: int,
+    *,
+    rounds: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, int]:
+    """(seconds of one step of `count` stacked networks, bytes that it keeps for backward), on throw-away networks.
+
+    Args:
+        rounds: timed steps, the fastest of which counts.
+        clock: what is read before and after a step.
+    """
     nets = _Nets(build, list(range(count)))
     stream = torch.Generator().manual_seed(0)
     rows = torch.arange(min(training.protocol.batch_size, len(pictures)), device=pictures.images.device)
@@ -258,12 +267,12 @@ def step_seconds(build: Build, pictures: Pictures, training: Training, count: in
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     best = float("inf")
-    for _ in range(2):
-        begun = time.perf_counter()
+    for _ in range(rounds):
+        begun = clock()
         step()
         if rows.device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, clock() - begun)
     return best, sum(kept.values())
 
 

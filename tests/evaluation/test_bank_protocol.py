@@ -226,11 +226,12 @@ def test_cross_architectures_and_cutmix(tmp_path, data):
     bank = make(tmp_path / "b")
     result = quick(bank, data, protocol="idc", cross=("mlp", "alexnet_dd", "mlp"), epochs=3, nets=2)
     assert list(result["results"]) == ["convnet_d2_w8", "mlp", "alexnet_dd"]
-    assert result["results"]["mlp"]["stacked"] and not result["results"]["alexnet_dd"]["stacked"]
-    assert result["results"]["mlp"]["dsa"]
-    single = quick(bank, data, protocol="idc", arch="mlp", epochs=3, nets=2, stack=False)["results"]["mlp"]
-    stacked = result["results"]["mlp"]
-    assert single["bank"]["nets"][1]["loss"] == pytest.approx(stacked["bank"]["nets"][1]["loss"], rel=1e-3)
+    single = result["results"]["mlp"]
+    assert single["dsa"] and not single["stacked"]
+    stacked = quick(bank, data, protocol="idc", arch="mlp", epochs=3, nets=2, stack=True)["results"]["mlp"]
+    assert stacked["stacked"]
+    for one, many in zip(single["bank"]["nets"], stacked["bank"]["nets"], strict=True):
+        assert one["seed"] == many["seed"] and one["loss"] == pytest.approx(many["loss"], rel=1e-3)
 
 
 def test_scores_of_dd_ranking(tmp_path, data):
@@ -309,7 +310,7 @@ def test_command_line(tmp_path, data, capsys):
     for text in ("convnet_d2_w8", "mlp", "random real", "dc (the bank was made by dc); changed by flags: epochs", "HLR",
                   "+-", "best (diagnostic)", "1 per class, hard labels"):  # fmt: skip
         assert text in out
-    assert "about" in err and "convnet_d2_w8 (one by one), mlp (stacked)" in err
+    assert "about" in err and "convnet_d2_w8 (one by one), mlp (one by one)" in err
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["results"]["convnet_d2_w8"]["bank"]["mean"] > 0.5

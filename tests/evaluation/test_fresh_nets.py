@@ -136,9 +136,8 @@ def test_batchnorm_networks_are_never_stacked_and_learn():
 
 def test_measured_rule_on_cpu():
     train, plan = learnable(30), training("dsa", 20)
-    assert fresh_nets.stacking_pays(builder("mlp"), train, plan, 3)
-    assert not fresh_nets.stacking_pays(builder("convnet_d2_w8"), train, plan, 3)
-    assert not fresh_nets.stacking_pays(builder("mlp"), train, plan, 1)
+    for name in ("mlp", "convnet_d2_w8"):
+        assert not fresh_nets.stacking_pays(builder(name), train, plan, 3)
 
 
 def test_cost_is_measured_on_throw_away_networks():
