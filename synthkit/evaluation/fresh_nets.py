@@ -3,8 +3,9 @@
 Every network has its own streams of random numbers (weights, order, augmentation), a function of its seed alone, so
 that networks trained together and one by one are the same up to rounding.
 
-On a CPU stacking does not pay: vmap turns convolutions into grouped ones, which are slower there, and the others gain
-next to nothing (`synthkit bench fresh_nets`, assets/results/fresh_nets.json). On other devices both ways are timed.
+On a CPU stacking does not pay: vmap turns convolutions into grouped ones, which are slower there, and an MLP gains a
+little on a step that costs almost nothing (`synthkit bench fresh_nets`, assets/results/fresh_nets.json). On other
+devices both ways are timed.
 """
 
 from __future__ import annotations
