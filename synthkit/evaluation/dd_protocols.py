@@ -39,7 +39,7 @@ class DDProtocol:
     lr: float = 0.01
     """First learning rate."""
     learnt_lr: bool = False
-    """Take the step size that the method learnt, where the bank holds one; `lr` is used for the control then too."""
+    """Take the step size that the method learnt, where the bank holds one; the control is trained with it too."""
     momentum: float = 0.9
     """Of SGD."""
     weight_decay: float = 5e-4
