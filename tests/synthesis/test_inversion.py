@@ -129,6 +129,15 @@ def test_small_batches_are_warned_of():
     assert len(told) == 1 and "--images_per_shard" in told[0]
 
 
+def test_noise_start():
+    loud, quiet = (method({"noise": std}).inverter for std in (1.0, 0.25))
+    labels = loud.labels(0, 400)
+    pixels = loud.start(0, labels)
+    assert abs(float(pixels.std()) - 1) < 0.01 and abs(float(pixels.mean())) < 0.01
+    assert torch.equal(quiet.start(0, labels), 0.25 * pixels)
+    assert not torch.equal(loud.start(1, labels), pixels)
+
+
 def test_real_start():
     data = real_data(per_class=3)
     inverter = method({"init": "real"}, data=data).inverter
@@ -335,7 +344,7 @@ def test_divergence_is_an_error():
 @pytest.mark.parametrize(
     "settings",
     [{"iterations": 0}, {"batch_size": 0}, {"jitter": -1}, {"lr": 0}, {"crop": 0}, {"crop": 1.5}, {"crop_milestone": 2},
-     {"competition": 1.0}, {"competitor": "resnet8"}, {"competition_T": 0}],
+     {"competition": 1.0}, {"competitor": "resnet8"}, {"competition_T": 0}, {"noise": 0}],
 )  # fmt: skip
 def test_wrong_settings(settings):
     with pytest.raises(ConfigError, match="method"):

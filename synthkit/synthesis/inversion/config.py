@@ -29,7 +29,9 @@ class InversionConfig:
     warmup: int = 0
     """Iterations at the start of each stage over which the learning rate rises linearly (100 on ImageNet)."""
     init: Literal["noise", "real", "mosaic"] = "noise"
-    """Start from N(0, 1) in normalised space, from real images (--data), or from tiles of several real images."""
+    """Start from normal noise in normalised space, from real images (--data), or from tiles of several real images."""
+    noise: float = 1.0
+    """Standard deviation of the starting noise (published: 1; less leaves less of it in the images)."""
     mosaic: int = 2
     """Tiles per side of a mosaic."""
     jitter: int = 2
@@ -87,7 +89,7 @@ class InversionConfig:
         for name in ("coarse_iterations", "warmup", "jitter"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"method.{name} must not be negative", got=getattr(self, name))
-        for name in ("lr", "competition_T"):
+        for name in ("lr", "competition_T", "noise"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"method.{name} must be positive", got=getattr(self, name))
         if self.crop is not None and not 0 < self.crop <= 1:

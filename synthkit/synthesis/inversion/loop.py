@@ -138,7 +138,7 @@ class Inverter:
         if self.real is not None:
             mean, std = self.constants(self.teachers[0], torch.float32)
             return (self.real(start, labels).to(self.device) - mean) / std
-        return noise_start(self.task, start, labels).to(self.device)
+        return noise_start(self.task, start, labels, self.config.noise).to(self.device)
 
     def images(self, pixels: Tensor) -> Tensor:
         """The uint8 images that normalised pixels show."""

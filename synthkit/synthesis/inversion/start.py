@@ -19,11 +19,11 @@ CROP_AREA = 0.08
 """Smallest area share of a mosaic's crops (as in RDED)."""
 
 
-def noise_start(task: Task, start: int, labels: Tensor) -> Tensor:
-    """N(0, 1) pixels (B, C, H, W) for the rows from `start` on: already in normalised space."""
+def noise_start(task: Task, start: int, labels: Tensor, std: float) -> Tensor:
+    """N(0, std^2) pixels (B, C, H, W) for the rows from `start` on: already in normalised space."""
     shape = (len(labels), *task.image_spec.shape)
     drawn = task.numpy_rng("start", start).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(drawn)
+    return torch.from_numpy(drawn).mul_(std)
 
 
 class RealStart:
