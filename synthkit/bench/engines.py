@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default=None, help="comma-separated methods instead of all")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every process (1)")
     parser.add_argument("--work", type=Path, required=True, help="folder for banks and runs (resumed when it exists)")
-    parser.add_argument("--pictures", type=Path, default=None, help="also write a PNG of every bank into this folder")
+    parser.add_argument("--picture", type=Path, default=None, help="also write a PNG with a panel of every bank")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
     args = parser.parse(argv)
     for name in ("images", "steps", "seeds", "threads"):
@@ -86,8 +86,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(row_of(engine, bank, _students(args, engine, bank), unet))
         top1 = rows[-1]["student_top1"]
         print(f"{name}: student {100 * top1['mean']:.2f} %", file=sys.stderr, flush=True)
-        if args.pictures:
-            picture(bank, args.pictures / f"{name}.png")
+    if args.picture:
+        picture({name: args.work / f"bank-{name}" for name in names}, args.picture)
     return {
         "what": "the same student from banks of four engines: same teacher, images, steps and seeds; last epoch",
         "teacher": args.teacher,
@@ -168,10 +168,10 @@ def _run(args: argparse.Namespace, *words: str) -> None:
     print(f"{words[0]} {words[2]}: {format_seconds(time.monotonic() - began)}", file=sys.stderr, flush=True)
 
 
-def picture(bank: Path, out: Path) -> None:
-    """Eight images of every class of `bank` as a PNG."""
+def picture(banks: dict[str, Path], out: Path) -> None:
+    """A panel of every bank as one PNG."""
     from synthkit.bank import Bank
-    from synthkit.report.grid import grid_png
+    from synthkit.report.panels import panels
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(grid_png(Bank(bank), 8))
+    panels({name: Bank(path) for name, path in banks.items()}).save(out, optimize=True)

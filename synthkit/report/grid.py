@@ -79,7 +79,7 @@ def grid_image(
     picked, keys, meaning = _pick_rows(bank, rows, counts, per_class, labelled)
     per_class = max([1] + [len(p) for p in picked])  # no column stays empty
 
-    big, small = _font(15), _font(12)
+    big, small = font(15), font(12)
     names = [_middle(bank.class_names[r] if labelled else "all images", big, 150) for r in rows]
     left = MARGIN + int(max(*(big.getlength(n) for n in names), small.getlength("0,000,000"))) + 14
     width_cell, height_cell = _cell(bank.shape)
@@ -94,7 +94,7 @@ def grid_image(
     draw = ImageDraw.Draw(page)
 
     heading = _title(bank) if title is None else title + (f" ({REAL_LABEL})" if bank.spec.contains_real else "")
-    draw.text((MARGIN, MARGIN - 4), _shorten(heading, _font(18), size[0] - 2 * MARGIN), INK, _font(18))
+    draw.text((MARGIN, MARGIN - 4), _shorten(heading, font(18), size[0] - 2 * MARGIN), INK, font(18))
     draw.text((MARGIN, MARGIN + 20), _shorten(subtitle, small, size[0] - 2 * MARGIN), FAINT, small)
     columns = [[k for key in keys for k in key[j : j + 1]] for j in range(per_class)]
     _scale(draw, left, top, width_cell, columns, meaning)
@@ -109,7 +109,7 @@ def grid_image(
                 draw.rectangle((x, y, x + width_cell - 1, y + height_cell - 1), fill=EMPTY)
         if len(chosen):
             for column, pixels in enumerate(bank.batch(chosen, columns=("images",)).images):  # type: ignore[arg-type]
-                page.paste(_picture(pixels, (width_cell, height_cell)), (left + column * (width_cell + GAP), y))
+                page.paste(picture(pixels, (width_cell, height_cell)), (left + column * (width_cell + GAP), y))
     return page
 
 
@@ -194,7 +194,8 @@ def _cell(shape: tuple[int, int, int]) -> tuple[int, int]:
     return max(1, width * 96 // side), max(1, height * 96 // side)
 
 
-def _picture(pixels: np.ndarray, size: tuple[int, int]) -> Image:
+def picture(pixels: np.ndarray, size: tuple[int, int]) -> Image:
+    """uint8 pixels (C, H, W) as an RGB picture of `size` (W, H); enlarged without smoothing."""
     from PIL import Image
 
     channels = pixels.shape[0]
@@ -208,7 +209,7 @@ def _picture(pixels: np.ndarray, size: tuple[int, int]) -> Image:
 
 def _scale(draw: ImageDraw, left: int, top: int, cell: int, columns: list[list[float]], meaning: str) -> None:
     """The bar from easy to hard with the median of each column below it."""
-    small = _font(12)
+    small = font(12)
     right = left + len(columns) * (cell + GAP) - GAP
     y = top - 34
     words = ("easy", "hard") if meaning == "difficulty" else ("first", "last")
@@ -267,7 +268,8 @@ def _subtitle(bank: Bank, rows: int, labelled: bool) -> str:
     return "  ·  ".join(parts)
 
 
-def _font(size: int) -> Font:
+def font(size: int) -> Font:
+    """The font of our pictures at `size` pixels."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)

@@ -11,7 +11,7 @@ import numpy as np
 
 from synthkit.bank.disk.storage import require_free, staged
 from synthkit.errors import UsageError
-from synthkit.report.grid import FAINT, INK, MARGIN, _cell, _font, _picture, _shorten
+from synthkit.report.grid import FAINT, INK, MARGIN, _cell, _shorten, font, picture
 
 BETWEEN, COLUMN_GAP, ROW_GAP = 3, 26, 14
 WIDTH = 1000
@@ -35,7 +35,7 @@ def pairs_png(pairs: Sequence[Pair], *, title: str, subtitle: str = "") -> bytes
     if not pairs:
         raise UsageError("pairs: there is no pair to show")
     width, height = _cell((pairs[0].left.shape[0], pairs[0].left.shape[1], pairs[0].left.shape[2]))
-    small = _font(12)
+    small = font(12)
     captions = max(small.getlength(_shorten(p.caption, small, 240)) for p in pairs)
     cell = max(2 * width + BETWEEN, int(captions) + 2)
     across = max(1, min(len(pairs), (WIDTH - 2 * MARGIN + COLUMN_GAP) // (cell + COLUMN_GAP)))
@@ -45,13 +45,13 @@ def pairs_png(pairs: Sequence[Pair], *, title: str, subtitle: str = "") -> bytes
             top + down * (height + 18 + ROW_GAP) + MARGIN - ROW_GAP)  # fmt: skip
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN - 4), _shorten(title, _font(18), size[0] - 2 * MARGIN), INK, _font(18))
+    draw.text((MARGIN, MARGIN - 4), _shorten(title, font(18), size[0] - 2 * MARGIN), INK, font(18))
     draw.text((MARGIN, MARGIN + 22), _shorten(subtitle, small, size[0] - 2 * MARGIN), FAINT, small)
     for number, pair in enumerate(pairs):
         x = MARGIN + (number % across) * (cell + COLUMN_GAP)
         y = top + (number // across) * (height + 18 + ROW_GAP)
-        page.paste(_picture(pair.left, (width, height)), (x, y))
-        page.paste(_picture(pair.right, (width, height)), (x + width + BETWEEN, y))
+        page.paste(picture(pair.left, (width, height)), (x, y))
+        page.paste(picture(pair.right, (width, height)), (x + width + BETWEEN, y))
         colour = (196, 40, 34) if pair.marked else FAINT
         draw.text((x, y + height + 3), _shorten(pair.caption, small, cell), colour, small)
     stream = io.BytesIO()

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from synthkit.bench import engines
 from synthkit.cli.main import main
@@ -46,7 +47,7 @@ def call(tmp_path, digits, *more: str) -> dict:
 
 
 def test_rows_and_pictures(tmp_path, digits, commands, capsys):
-    found = call(tmp_path, digits, "--only", "random_real,noise", "--pictures", str(tmp_path / "pictures"))
+    found = call(tmp_path, digits, "--only", "random_real,noise", "--picture", str(tmp_path / "all.png"))
     real, noise = found["rows"]
     assert [row["method"] for row in found["rows"]] == ["random_real", "noise"]
     assert real["data_needed"] == ["teacher", "real images"] and real["contains_real"]
@@ -54,7 +55,9 @@ def test_rows_and_pictures(tmp_path, digits, commands, capsys):
     for row in found["rows"]:
         assert row["images"] == 20 and row["student_top1"]["n"] == 2 and 0 <= row["student_top1"]["mean"] <= 1
         assert row["seconds"] > 0 and row["cpu_seconds"] > 0 and row["peak_memory_bytes"] > 1 << 20
-        assert (tmp_path / "pictures" / f"{row['method']}.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(tmp_path / "all.png") as picture:
+        panel, own = picture.size[0] / 2, np.asarray(picture.convert("L"))
+        assert own[60:, : int(panel)].std() > 20 and own[60:, int(panel) :].std() > 20, "an empty panel"
     assert found["versions"]["torch"] and found["hardware"]["threads"] >= 1
     assert len(commands) == 4
     again = call(tmp_path, digits, "--only", "random_real,noise")
