@@ -20,6 +20,9 @@ from synthkit.config.parse import config_to_dict, load_recipe
 from synthkit.config.schema import SynthesizeConfig, TeachConfig
 from synthkit.runtime import RunDir, hardware, peak_memory, versions, write_json
 
+SCALES = [(0.0, False), (0.03, False), (0.1, False), (0.3, False), (0.05, True), (0.15, True)]
+"""(guidance, through) of the sweep."""
+
 
 def main(argv: list[str]) -> int:
     """Parse, run, print JSON."""
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--distill-batch", type=int, default=None, help="batch of the student instead of the recipe's")
     parser.add_argument("--seeds", type=int, default=3, help="students of each bank")
     parser.add_argument("--seed", type=int, default=0, help="seed of banks and first student")
+    parser.add_argument("--sweep-images", type=int, default=0, help="also judge guidance scales on so many images each")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--work", type=Path, required=True, help="folder for models, banks, runs (resumed)")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
@@ -71,6 +75,7 @@ def measure(args: Any) -> dict[str, Any]:
         }
         print(f"{name}: judge {100 * banks[name]['judge_top1']:.2f} %", file=sys.stderr, flush=True)
         students[name] = student(args, str(bank.path), name, control, runtime)
+    sweep = [judged_scale(args, guided, judge, *setting) for setting in SCALES] if args.sweep_images else None
     return {
         "what": "banks of a diffusion model: agreement of a judge with the intended class; students of each bank alone",
         "diffusion_model": painter_facts,
@@ -78,11 +83,23 @@ def measure(args: Any) -> dict[str, Any]:
         "teacher": args.teacher,
         "banks": banks,
         "students": students,
+        "guidance_scales": sweep,
         "synthesize": config_to_dict(guided),
         "peak_memory_bytes": peak_memory(),
         "versions": versions() | {"diffusers": version("diffusers")},
         "hardware": hardware(),
     }
+
+
+def judged_scale(args: Any, config: SynthesizeConfig, judge: str, guidance: float, through: bool) -> dict[str, Any]:
+    """What judge and teacher see in a small bank at one scale of the guidance, the same for every image."""
+    from synthkit.synthesis.engine import synthesize
+
+    method = replace(config.method, guidance=guidance, through=through)
+    out = args.work / f"scale-{guidance:g}{'-through' if through else ''}"
+    small = replace(config, method=method, curriculum="none", images=args.sweep_images, out=str(out))
+    small = replace(small, images_per_shard=config.method.batch_size)
+    return {"guidance": guidance, "through": through, **judged(f"bank:{synthesize(small).path}", judge, small)}
 
 
 def model(args: Any, runtime: dict[str, Any]) -> tuple[Path, dict[str, Any]]:

@@ -40,7 +40,7 @@ def test_the_whole_measurement_and_its_resumption(capsys, tmp_path, data):
     words = ["bench", "diffusion", "--data", data, "--teacher", str(save_teacher(tmp_path / "teacher"))]
     words += ["--model", str(tmp_path / "unet.yaml"), "--recipe", str(tmp_path / "bank.yaml"), "--threads", "1"]
     words += ["--judge", "convnet_d2_w8_bn", "--judge-epochs", "1", "--judge-batch", "20", "--steps", "2"]
-    words += ["--distill-batch", "8", "--seeds", "2", "--work", str(tmp_path / "work")]
+    words += ["--distill-batch", "8", "--seeds", "2", "--sweep-images", "4", "--work", str(tmp_path / "work")]
     assert main([*words, "--out", str(tmp_path / "out.json")]) == 0
     capsys.readouterr()
     found = json.loads((tmp_path / "out.json").read_text())
@@ -50,6 +50,8 @@ def test_the_whole_measurement_and_its_resumption(capsys, tmp_path, data):
         "19 random real images"
     )  # 5 % of a bank are held out
     assert found["students"]["guided"]["top1"]["n"] == 2
+    scales = found["guidance_scales"]
+    assert len(scales) == 6 and all(scale["n"] == 4 for scale in scales)
     assert "diffusers" in found["versions"] and found["hardware"]
     assert main([*words, "--out", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
