@@ -1,6 +1,6 @@
-"""Torch on first use, so that the method files can be imported to read their configs without paying for torch.
+"""Torch and numpy on first use, so that method files can be imported to read their configs without paying for them.
 
-`from synthkit.lazy import torch, F` gives proxies that import the real module at the first attribute access.
+`from synthkit.lazy import torch, F, np` gives proxies that import the real module at the first attribute access.
 Files below `synthesis/` and `distillation/losses/` use it; they therefore hold no `nn.Module` subclass at module
 level (networks live in `models/`) and no torch decorator. Type checkers see the real modules.
 """
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     import torch.nn.functional as F
 else:
@@ -24,5 +25,6 @@ else:
 
     torch = _Lazy("torch")
     F = _Lazy("torch.nn.functional")
+    np = _Lazy("numpy")
 
-__all__ = ["F", "torch"]
+__all__ = ["F", "np", "torch"]

@@ -44,6 +44,16 @@ DATASETS: dict[str, str] = {
     "bank": "a synthkit bank",
 }
 
+FORMATS: dict[str, str] = {
+    "imagefolder": "synthkit.bank.export.imagefolder:ImageFolder",
+    "parquet": "synthkit.bank.export.parquet:Parquet",
+    "webdataset": "synthkit.bank.export.webdataset:WebDataset",
+    "mds": "synthkit.bank.export.mds:MDS",
+    "npz": "synthkit.bank.export.npz:Npz",
+    "pt": "synthkit.bank.export.pt:Pt",
+    "safetensors": "synthkit.bank.export.safetensors:Safetensors",
+}
+
 CURRICULA: dict[str, str] = {
     "easy2hard": "log self-paced weights (generator) and the ramp: adversary, crop scale, expert window, guidance",
     "easy2hard-hard": "hard (0/1) self-paced weights and the ramp",
@@ -68,6 +78,11 @@ def methods() -> dict[str, str]:
 def losses() -> dict[str, str]:
     """Name -> `module:Class` of every distillation loss, plug-ins included."""
     return with_plugins(LOSSES, "synthkit.losses")
+
+
+def formats() -> dict[str, str]:
+    """Name -> `module:Class` of every export format, plug-ins (`synthkit.formats`) included."""
+    return with_plugins(FORMATS, "synthkit.formats")
 
 
 def lookup(kind: str, name: str) -> Any:

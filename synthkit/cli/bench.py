@@ -29,8 +29,9 @@ def main(argv: list[str]) -> int:
     """Dispatch to `synthkit.bench.WHAT`."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: synthkit bench WHAT [options]   (synthkit bench WHAT --help)\n")
+        width = max(map(len, BENCHES))
         for name, text in BENCHES.items():
-            print(f"  {name:10} {text}")
+            print(f"  {name:{width}}  {text}")
         return 0
     if argv[0] not in BENCHES:
         raise UsageError("bench: no such measurement", got=argv[0], allowed=BENCHES, hint="synthkit bench --help")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import synthkit
 from synthkit import tables
 from synthkit.cli.arguments import Arguments, print_json, table
 from synthkit.config import recipes
@@ -12,11 +15,17 @@ from synthkit.config import recipes
 
 def _described(entries: dict[str, str]) -> dict[str, str]:
     """Name -> first line of the docstring of the module behind it."""
-    found = {}
-    for name, place in entries.items():
-        text = importlib.import_module(place.partition(":")[0]).__doc__ or ""
-        found[name] = text.strip().split("\n", 1)[0].rstrip(".")
-    return found
+    lines = {name: _docstring(place.partition(":")[0]).strip().split("\n", 1)[0] for name, place in entries.items()}
+    return {name: line.rstrip(".") for name, line in lines.items()}
+
+
+def _docstring(module: str) -> str:
+    """The docstring of a module, read from its file: importing all methods would take longer than all the rest."""
+    package, *parts = module.split(".")
+    file = Path(synthkit.__file__).parent.joinpath(*parts).with_suffix(".py")
+    if package != "synthkit" or not file.is_file():
+        return importlib.import_module(module).__doc__ or ""
+    return ast.get_docstring(ast.parse(file.read_bytes())) or ""
 
 
 def _models() -> dict[str, str]:
@@ -46,9 +55,7 @@ def _augmentations() -> dict[str, str]:
 
 
 def _formats() -> dict[str, str]:
-    from synthkit.bank.export import formats
-
-    return _described(formats())
+    return _described(tables.formats())
 
 
 def _recipes() -> dict[str, str]:

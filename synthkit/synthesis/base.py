@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import numpy as np
-
-from synthkit.lazy import torch
+from synthkit.lazy import np, torch
 from synthkit.synthesis.curriculum import Curriculum
 
 if TYPE_CHECKING:

@@ -17,32 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from synthkit import tables
 from synthkit.config.fields import Option, options_of
 from synthkit.errors import ConfigError, StorageError, UsageError
+from synthkit.tables import FORMATS, formats
 
 if TYPE_CHECKING:
     from synthkit.bank.export.base import Format
     from synthkit.bank.export.source import Source
     from synthkit.bank.reader import Bank
 
-FORMATS: dict[str, str] = {
-    "imagefolder": "synthkit.bank.export.imagefolder:ImageFolder",
-    "parquet": "synthkit.bank.export.parquet:Parquet",
-    "webdataset": "synthkit.bank.export.webdataset:WebDataset",
-    "mds": "synthkit.bank.export.mds:MDS",
-    "npz": "synthkit.bank.export.npz:Npz",
-    "pt": "synthkit.bank.export.pt:Pt",
-    "safetensors": "synthkit.bank.export.safetensors:Safetensors",
-}
-"""Name -> `module:Class`, looked up when the format is used."""
+__all__ = ["FORMATS", "Plan", "export", "format_class", "formats", "plan"]
 
 MAX_WORKERS = 64
-
-
-def formats() -> dict[str, str]:
-    """`FORMATS` and those of other packages."""
-    return tables.with_plugins(FORMATS, "synthkit.formats")
 
 
 def format_class(name: str) -> type[Format]:

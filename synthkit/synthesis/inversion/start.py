@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from synthkit.errors import DataError, RequirementError
-from synthkit.lazy import F, torch
+from synthkit.lazy import F, np, torch
 from synthkit.synthesis.inversion.views import crop_boxes
 
 if TYPE_CHECKING:

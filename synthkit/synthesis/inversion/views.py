@@ -13,9 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from synthkit.lazy import torch
+from synthkit.lazy import np, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -254,7 +254,7 @@ def test_another_package_can_add_a_format(monkeypatch, tmp_path):
 
     module = sys.modules[__name__]
     monkeypatch.setattr(module, "Count", Count, raising=False)
-    monkeypatch.setattr("synthkit.bank.export.tables.with_plugins",
+    monkeypatch.setattr("synthkit.tables.with_plugins",
                         lambda table, group: {**table, "count": f"{__name__}:Count"})  # fmt: skip
     assert "count" in formats()
     make(tmp_path / "b")
