@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--images", type=int, default=None, help="images of each bank instead of the recipe's")
     parser.add_argument("--control-images", type=int, default=None, help="images of the control bank, where fewer do")
     parser.add_argument("--distill", default=None, help="recipe of the student (its bank is replaced)")
+    parser.add_argument("--control", default="noise", help="control of the student: noise, none or a data spec")
     parser.add_argument("--eval-data", default=None, help="labelled data spec, for the student alone; last epoch")
     parser.add_argument("--seed", type=int, default=0, help="seed of banks and student")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
@@ -127,7 +128,13 @@ def train(args: Any, bank: str) -> dict[str, Any]:
     """A fresh student from the bank alone, and the noise control; last epoch."""
     from synthkit.distillation.distill import distill
 
-    overrides = {"bank": bank, "seed": args.seed, "control": "noise", "resume": True, "out": str(args.work / "student")}
+    overrides = {
+        "bank": bank,
+        "seed": args.seed,
+        "control": args.control,
+        "resume": True,
+        "out": str(args.work / "student"),
+    }
     overrides |= {"eval_data": args.eval_data} if args.eval_data else {}
     overrides |= {"runtime": {"threads": args.threads}} if args.threads else {}
     config = load_recipe(args.distill, overrides)
@@ -141,7 +148,7 @@ def train(args: Any, bank: str) -> dict[str, Any]:
         "top1": found.metrics.get("top1"),
         "teacher_top1": found.metrics.get("teacher_top1"),
         "retention": found.metrics.get("retention"),
-        "control": {name: control.get(name) for name in ("trained_on", "top1")},
+        "control": {name: control.get(name) for name in ("trained_on", "top1")} if control else None,
         "seconds": run.get("seconds"),
         "distill": config_to_dict(config),
     }
