@@ -226,6 +226,7 @@ class Synthesizer(Protocol):
     # def requires_for(cls, config) -> Requires: what it needs with this config
     # @classmethod
     # def makes_for(cls, config) -> Makes: what bank it makes with this config
+    # places: ClassVar[tuple[str, ...]]: config fields that say where something lies, no part of the bank's identity
     # @classmethod
     # def image_spec_for(cls, config) -> ImageSpec | None: size and classes, where the method itself brings them
     # def facts(self) -> BankFacts: for the record of the bank

@@ -31,7 +31,10 @@ def bank_spec(config: SynthesizeConfig, source: Source, method_class: Any, task:
     requires, makes = requirements(method_class, config.method), makes_of(method_class, config.method)
     looks = requires.real_data or (requires.optional_data and source.data is not None)
     spec = source.spec
-    recipe: dict[str, Any] = {"method": {"name": config.method_name, **config_to_dict(config.method)}}
+    # where a network, a checkpoint or a buffer lies changes nothing; what it is stands in `networks` or `made_from`
+    places = {*requires.networks, *getattr(method_class, "places", ())}
+    settings = {k: v for k, v in config_to_dict(config.method).items() if v is None or k not in places}
+    recipe: dict[str, Any] = {"method": {"name": config.method_name, **settings}}
     if requires.curriculum:
         recipe["curriculum"] = config.curriculum
     if source.data is not None:

@@ -323,3 +323,14 @@ def test_text_models_of_other_kinds(tmp_path):
         build(save_text_model(tmp_path / "xl", addition_embed_type="text_time"))
     with pytest.raises(RequirementError, match="guidance scale as an embedding"):
         build(save_text_model(tmp_path / "lcm", time_cond_proj_dim=256))
+
+
+def test_a_moved_checkpoint_makes_the_same_bank(tmp_path):
+    """Where the model lies is no part of the bank: another copy goes on with it, another model does not."""
+    model = save_dit(tmp_path / "dit")
+    shutil.copytree(model, tmp_path / "moved")
+    bank = run(tmp_path / "bank", {"model": model})
+    again = run(tmp_path / "bank", {"model": str(tmp_path / "moved")}, resume=True)
+    assert again.record["uuid"] == bank.record["uuid"] and "model" not in bank.spec.recipe["method"]
+    with pytest.raises(BankMismatchError, match="checkpoint"):
+        run(tmp_path / "bank", {"model": save_unet(tmp_path / "unet")}, resume=True)

@@ -38,6 +38,7 @@ class DiffusionLoop(IndependentLoop):
 
     requires: ClassVar[Requires] = Requires(teacher=False, shardable=True)
     makes: ClassVar[Makes] = Makes(label_kind="target")
+    places: ClassVar[tuple[str, ...]] = ("model",)
     Config: ClassVar[type] = DiffusionConfig
 
     def __init__(self, config: Any, task: Task):

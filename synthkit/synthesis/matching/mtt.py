@@ -51,6 +51,7 @@ class MTT(MatchingLoop):
     """
 
     requires: ClassVar[Requires] = Requires(teacher=False, real_data=True)
+    places: ClassVar[tuple[str, ...]] = ("experts",)
     Config: ClassVar[type] = MTTConfig
     config: MTTConfig
 
