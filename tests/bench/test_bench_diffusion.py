@@ -46,10 +46,9 @@ def test_the_whole_measurement_and_its_resumption(capsys, tmp_path, data):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["diffusion_model"]["steps"] == 2 and found["diffusion_model"]["cpu_minutes"] > 0
     assert {name: bank["n"] for name, bank in found["banks"].items()} == {"guided": 20, "unguided": 20}
-    assert found["students"]["guided"]["control"]["trained_on"].startswith(
-        "19 random real images"
-    )  # 5 % of a bank are held out
-    assert found["students"]["guided"]["top1"]["n"] == 2
+    real, noise = found["students"]["control_top1"]
+    assert real.startswith("19 random real images") and "noise" in noise  # 5 % of a bank are held out
+    assert found["students"]["top1"]["n"] == 2
     scales = found["guidance_scales"]
     assert len(scales) == 6 and all(scale["n"] == 4 for scale in scales)
     assert "diffusers" in found["versions"] and found["hardware"]
