@@ -362,6 +362,8 @@ def _check_needs(values: Mapping[str, Any], requires: Any) -> None:
     for key in ("images", "ipc", "images_per_shard"):
         if values.get(key) is not None and values[key] < 1:
             raise ConfigError(f"{key}: must be at least 1", got=values[key])
+    if not 0 <= values["seed"] < 2**64:
+        raise ConfigError("seed: must be 0 to 2**64 - 1", got=values["seed"])
 
 
 def _metavar(option: Option) -> str:
