@@ -22,8 +22,8 @@ class GuidedConfig(DiffusionConfig):
     """Sampling of a diffusion model under teacher guidance; without a teacher it is sampled as it is."""
 
     guidance: float = 0.03
-    """g: how far the teacher bends a step, relative to its length (0 switches it off). Too much (0.1) pleases the
-    teacher with patterns that no other network takes for the class."""
+    """g: how far the teacher bends a step, relative to its length (0 switches it off). Too much pleases the
+    teacher with patterns that other networks do not take for the class."""
     ce: float = 1.0
     """Weight of the cross-entropy to the intended class."""
     bn: float = 0.0
@@ -76,9 +76,10 @@ class Diffusion(DiffusionLoop):
         xhqi0109/DiffDFKD@0f6e50a; repulsion of MinimaxDiffusion (arXiv 2311.15529), vimar-gu/MinimaxDiffusion; the
         normalised form as measured in methods/largescale.md 5.
     Differs from source: the teacher is a clean-image classifier that sees the predicted x0 (no noisy classifier);
-        gradients are normalised per image, and g is smaller than the card's 0.1, with which a network that took no
-        part agrees less than without guidance (assets/results/diffusion_mnist.json); DiffDFKD's x0 carries no gradient
-        as published, here it does; the memory of the repulsion is the batch, so shards stay independent.
+        gradients are normalised per image, and g is smaller than the card's 0.1: from there on the teacher is sure of
+        more and more images that a network that took no part is not (assets/results/diffusion_mnist.json, scales);
+        DiffDFKD's x0 carries no gradient as published, here it does; the memory of the repulsion is the batch, so
+        shards stay independent.
     Cost: per image `steps` forward passes of the network (twice with cfg) and, guided, a forward and backward pass of
         the teacher each (with `through` a backward pass of the network too); O(batch) memory.
     """
