@@ -28,15 +28,23 @@ def test_all_measurements_are_there():
         "bench_bank_224_two_processes.json",
         "bench_million.json",
         "bench_steps.json",
+        "bench_steps_diffusion.json",
+        "bench_steps_inversion.json",
+        "bench_steps_matching.json",
         "cifar10_resnet20.json",
         "demo.json",
+        "diffusion_mnist.json",
+        "engines_mnist.json",
         "fresh_mixture_mnist.json",
         "fuzz.json",
+        "inversion_cifar10.json",
         "kill_resume.json",
         "kills.json",
         "labels_mnist.json",
+        "matching_mnist.json",
         "mnist_full.json",
         "teachers_cifar10.json",
+        "trajectory_memory.json",
     } <= set(FILES)
 
 
@@ -103,3 +111,41 @@ def test_the_bars_of_the_bank_hold():
     assert reads["pixels_equal"]
     for bars in reads["bars"].values():
         assert all(bar["held"] for bar in bars.values() if bar.get("bar") is not None)
+
+
+def test_readme_says_of_the_engines_what_was_measured():
+    engines, inversion, matching = (
+        load("engines_mnist.json"),
+        load("inversion_cifar10.json"),
+        load("matching_mnist.json"),
+    )
+    memory, diffusion, table = load("trajectory_memory.json"), load("diffusion_mnist.json"), inversion["table"]
+    expected = [
+        *[f"{percent(row['student_top1']['mean'])} ± {percent(row['student_top1']['std'])}" for row in engines["rows"]],
+        *[f"{row['cpu_seconds']:.0f} s" for row in engines["rows"]],
+        *[f"{100 * table[name]['judge_top1']:.1f} %" for name in ("deepinversion", "cross_entropy", "initial_noise")],
+        percent(inversion["student"]["top1"]),
+        *[f"{100 * matching['parts'][part][kind]['mean']:.1f}" for part in ("dc", "mtt")
+          for kind in ("bank", "control")],
+        *[f"{row['saved_bytes'] / 1e6:.0f}" for row in memory["rows"]],
+        *[f"{100 * bank['judge_top1']:.1f} %" for bank in diffusion["banks"].values()],
+        *[f"{ratio:.2f}" for family in ("inversion", "matching", "diffusion")
+          for ratio in load(f"bench_steps_{family}.json")["ratio"].values()],
+    ]  # fmt: skip
+    missing = [text for text in expected if text not in README]
+    assert not missing, f"not in README.md as measured: {missing}"
+
+
+def test_the_bars_of_the_engines_hold():
+    dc, mtt = (load("matching_mnist.json")["parts"][name] for name in ("dc", "mtt"))
+    assert dc["bank"]["mean"] >= 0.84 and dc["gain"] >= 0.15 and dc["nets"] == 3
+    assert mtt["gain"] >= 0.10
+    held = {}
+    for row in load("trajectory_memory.json")["rows"]:
+        held.setdefault(row["engine"], []).append(row["saved_bytes"])
+    assert len(set(held["sweep"])) == 1 and held["unroll"][-1] > 4 * held["unroll"][0]
+    for family in ("inversion", "matching", "diffusion"):
+        assert max(load(f"bench_steps_{family}.json")["ratio"].values()) <= 1.3
+    rows = {row["method"]: row["student_top1"]["mean"] for row in load("engines_mnist.json")["rows"]}
+    assert all(top1 > rows["noise"] for name, top1 in rows.items() if name != "noise")
+    assert load("diffusion_mnist.json")["banks"]["guided"]["judge_top1"] >= 0.95
