@@ -1,8 +1,8 @@
 """Image generators of the data-free methods: latent noise in, pixels out.
 
 Source: method card `dfkd` 1.3 and 9 (ljrprocc/DataFree@bf3096b, zju-vipa/CMI@9e79fa9, zju-vipa/Fast-Datafree@0dcecbc,
-huawei-noah DAFL, VainF/Data-Free-Adversarial-Distillation@c161591, polo5/ZeroShotKnowledgeTransfer@e24915d), rebuilt
-from their layer lists.
+huawei-noah DAFL, kuluhan/PRE-DFKD@604010d, VainF/Data-Free-Adversarial-Distillation@c161591,
+polo5/ZeroShotKnowledgeTransfer@e24915d), rebuilt from their layer lists.
 
 | name | ends in | weights at start | notes |
 |---|---|---|---|
@@ -12,6 +12,7 @@ from their layer lists.
 | dcgan | Sigmoid | N(0, 0.02) | CMI at 64 px; four 4x4 transposed convolutions |
 | deep | Sigmoid | N(0, 0.02) | Fast, ImageNet; spatial noise of side image_size/16 |
 | dafl | BN without affine | torch default | BN eps 0.8 inside; normalised space |
+| dafl_sn | BN without affine | U(-0.08, 0.08) | PRE-DFKD; dafl with spectral norm on its convolutions |
 | dfad_a | BN without affine | torch default | as dafl with the usual eps; normalised space |
 | dfad_b | Tanh | N(0, 0.02) | the dcgan body; mapped from [-1, 1] to [0, 1] |
 | zskt | BN with affine | torch default | no squash; normalised space |
@@ -24,12 +25,14 @@ teacher's `mean` and `std`: `forward` returns `raw * std + mean`, unclamped, whi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from synthkit.errors import ModelError
-from synthkit.models.init import dcgan_init, seeded
+from synthkit.models.init import dcgan_init, seeded, uniform_init
 
 _SLOPE = 0.2
 
@@ -236,6 +239,15 @@ def _tanh_bn(channels: int) -> list[nn.Module]:
     return [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
 
 
+def _dafl_sn(**arguments: Any) -> Generator:
+    net = _normalised("dafl_sn", _tanh_bn, eps=0.8)(**arguments)
+    uniform_init(net, 0.08)
+    for layer in list(net.modules()):
+        if isinstance(layer, nn.Conv2d):
+            spectral_norm(layer)  # its power iteration moves on with every forward in train mode
+    return net
+
+
 GENERATORS: dict[str, Callable[..., Generator]] = {
     "cud": _cud,
     "small": _small,
@@ -243,6 +255,7 @@ GENERATORS: dict[str, Callable[..., Generator]] = {
     "dcgan": _dcgan,
     "deep": _deep,
     "dafl": _normalised("dafl", _tanh_bn, eps=0.8),
+    "dafl_sn": _dafl_sn,
     "dfad_a": _normalised("dfad_a", _tanh_bn),
     "dfad_b": _dfad_b,
     "zskt": _normalised("zskt", lambda channels: [nn.BatchNorm2d(channels)]),
@@ -270,7 +283,7 @@ def build_generator(
         channels: image channels (1 grey, 3 colour).
         depth: halvings of the channels (`cud` only).
         width: channels before the last convolution.
-        mean, std: the teacher's input normalisation; needed by dafl, dfad_a and zskt only, ignored by the others.
+        mean, std: the teacher's input normalisation; needed by dafl, dafl_sn, dfad_a and zskt only.
         seed: seed of the weights; none draws from torch's global generator.
 
     Raises:

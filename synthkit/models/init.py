@@ -60,3 +60,12 @@ def fan_out_normal_init(
                 nn.init.normal_(m.weight, 0.0, linear_std)
             if linear_bias is not None:
                 nn.init.constant_(m.bias, linear_bias)
+
+
+def uniform_init(module: nn.Module, bound: float) -> None:
+    """In place: conv and linear weights U(-bound, bound), their biases 0; BatchNorm stays as it is."""
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.uniform_(m.weight, -bound, bound)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
