@@ -12,9 +12,11 @@ from synthkit.errors import ConfigError
 def check_tables(command: str, values: Mapping[str, Any]) -> None:
     """Refuse unknown names of small tables here, seconds before the run would import torch and find out."""
     curriculum, protocol = values.get("curriculum"), values.get("protocol")
-    if curriculum is not None and curriculum not in tables.CURRICULA:
+    if curriculum not in (None, "auto", *tables.CURRICULA):
         hint = "synthkit list curricula"
-        raise ConfigError("curriculum: not a known curriculum", got=curriculum, allowed=tables.CURRICULA, hint=hint)
+        raise ConfigError(
+            "curriculum: not a known curriculum", got=curriculum, allowed=["auto", *tables.CURRICULA], hint=hint
+        )
     if command == "evaluate" and protocol is not None:
         from synthkit.evaluation.dd_protocols import OWN, protocol_named
 

@@ -37,8 +37,9 @@ class SynthesizeConfig:
     listen to several (A,B)."""
     data: str | None = None
     """Data spec of real images, for methods that use them (synthkit list datasets); its train split is read."""
-    curriculum: str = "easy2hard"
-    """Curriculum variant: easy2hard, none or a named variant (synthkit list curricula)."""
+    curriculum: str = "auto"
+    """Curriculum variant: easy2hard, none or a named variant (synthkit list curricula); auto is what the method's
+    paper does."""
     images: int | None = None
     """Images in the finished bank; none is `ipc` times the classes where `ipc` or the method says it, else 50,000."""
     ipc: int | None = None

@@ -143,6 +143,11 @@ class Task:
     """Called with the number of steps done since the last call, for the progress line (may be None)."""
     eval_hook: Any = None
     """Called with the co-trained student view; returns diagnostic figures or None. Never used for decisions."""
+    keep_student: Any = None
+    """Called at the end of an epoch with (co-trained student view, its steps), so that states of it can be kept."""
+    earlier: Any = None
+    """`earlier(n)`: the first n images that the method yielded, (n, C, H, W) uint8, read back from the bank; none where
+    there is no bank, and the method must carry in its state what it needs of them."""
     data: RealData | None = None
     """Real images in the teacher's size and class order, or none; only for methods that declare it."""
     spec: ImageSpec | None = None

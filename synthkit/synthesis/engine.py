@@ -6,6 +6,7 @@ It is the only part of the synthesis room that knows the bank: `run.py` drives m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def synthesize(config: SynthesizeConfig) -> Bank:
     """
     method_class = lookup("method", config.method_name)
     requires = requirements(method_class, config.method)
+    if config.curriculum == "auto":
+        config = replace(config, curriculum=getattr(method_class, "default_curriculum", "easy2hard"))
     if config.shards and worker_of(config.shards) and not requires.shardable:
         raise RequirementError(
             f"--shards: the shards of {config.method_name} are not independent, one process makes them in order",

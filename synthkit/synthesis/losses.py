@@ -5,7 +5,7 @@ All logits are (B, K), features (B, D); every function returns a scalar unless i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from synthkit.lazy import F, torch
 from synthkit.logits import kl_per_sample
@@ -40,19 +40,35 @@ def masked_adversarial_kl(student: Tensor, teacher: Tensor, T: float = 3.0) -> T
     return -(kl_per_sample(student, teacher, T) * agree).mean()
 
 
-def adi_divergence(student: Tensor, teacher: Tensor, T: float = 3.0) -> Tensor:
+def adi_divergence(
+    student: Tensor, teacher: Tensor, T: float = 3.0, mean: Literal["batch", "element"] = "batch"
+) -> Tensor:
     """Jensen-Shannon divergence J of Adaptive DeepInversion: J = KL(M||P)/2 + KL(M||Q)/2, batchmean.
 
-    P, Q are softmax(s/T), softmax(t/T), M their mean, each clamped to [0.01, 0.99] after averaging.
+    P, Q are softmax(s/T), softmax(t/T), M their mean, each clamped to [0.01, 0.99] after averaging. With mean
+    "element" the sum over classes is a mean as well, 1/K of J (PRE-DFKD, MB-DFKD, LRA, TA-DFKD).
     Source: NVlabs/DeepInversion@2413af1 (direction as there: F.kl_div(log P, M)).
     """
     p, q = F.softmax(student / T, dim=1), F.softmax(teacher / T, dim=1)
-    mean = 0.5 * (p + q)
-    p, q, mean = (x.clamp(0.01, 0.99) for x in (p, q, mean))
-    halves = (F.kl_div(x.log(), mean, reduction="batchmean") for x in (p, q))
+    middle = 0.5 * (p + q)
+    p, q, middle = (x.clamp(0.01, 0.99) for x in (p, q, middle))
+    reduction = "batchmean" if mean == "batch" else "mean"
+    halves = (F.kl_div(x.log(), middle, reduction=reduction) for x in (p, q))
     return 0.5 * sum(halves)  # type: ignore[return-value]  # the sum of two tensors is a tensor
 
 
-def adversarial_js(student: Tensor, teacher: Tensor, T: float = 3.0) -> Tensor:
+def adversarial_js(
+    student: Tensor, teacher: Tensor, T: float = 3.0, mean: Literal["batch", "element"] = "batch"
+) -> Tensor:
     """1 - clamp(J, 0, 1) with J of `adi_divergence`: images on which student and teacher differ."""
-    return 1 - adi_divergence(student, teacher, T).clamp(0, 1)
+    return 1 - adi_divergence(student, teacher, T, mean).clamp(0, 1)
+
+
+def adversarial_kl(student: Tensor, teacher: Tensor, T: float = 1.0) -> Tensor:
+    """-mean_i T^2 KL(softmax(t_i/T) || softmax(s_i/T)): images on which student and teacher differ (DFQ, ZSKT)."""
+    return -kl_per_sample(student, teacher, T).mean()
+
+
+def adversarial_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """-mean |s - t| over all logits (DFAD)."""
+    return -(student - teacher).abs().mean()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from synthkit.bank import BankWriter
+from synthkit.bank import Bank, BankWriter
 from synthkit.bank.state import entries
 from synthkit.errors import RunError
 from synthkit.lazy import torch
@@ -23,6 +23,8 @@ from synthkit.synthesis.memory import free_bytes
 from synthkit.synthesis.record import RunRecord
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from synthkit.models.view import ModelView, TeacherView
 
 SAFE_POINT_SECONDS = 60.0  # between two stored states of a method whose images come late
@@ -64,6 +66,7 @@ class Run:
         self.pending: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
         self.meta: dict[str, float] = {}  # of the latest batch
         self._saved = time.monotonic()
+        task.earlier = self._earlier
         self.ahead = 0  # states of later shards, which a run that re-makes a lost shard must not push out
 
     def unfinished(self) -> bool:
@@ -164,6 +167,15 @@ class Run:
         for name, array in arrays_of(batch).items():
             self.pending[name].append(array)
         self.meta = batch.meta
+
+    def _earlier(self, images: int) -> Tensor:
+        """The first `images` images of the run: those of committed shards, then those that wait for their shard."""
+        waiting = self.pending["images"]
+        committed = images - self._pending_images()
+        parts = [np.zeros((0, *self.writer.spec.shape), np.uint8), *waiting]
+        if committed:
+            parts.insert(0, np.asarray(Bank(self.writer.path).batch(np.arange(committed), ["images"]).images))
+        return torch.from_numpy(np.concatenate(parts))
 
     def _state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors, plain = flatten_state(self.method.state_dict())

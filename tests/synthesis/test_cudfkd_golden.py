@@ -163,7 +163,7 @@ def golden_method(case: dict, **config) -> CuDFKD:
 def test_full_generator_update():
     case = golden("cudfkd_generator_update")
     method = golden_method(case, adv=0.7, grad_adv=0.0)
-    method._set_modes(generating=True)
+    method.set_modes(generating=True)
     losses = [torch.stack(list(method.generator_step().values())).sum().detach() for _ in range(3)]
     close(torch.stack(losses), case["losses"], rtol=1e-7, atol=1e-9)
     after = [v for k, v in case.items() if k.startswith("after.")]
@@ -177,7 +177,7 @@ def test_full_student_update():
     method = golden_method(case, loss="l1", lambda_0=2.0, granularity="batch")
     method.task.curriculum = Curriculum.named("easy2hard")
     method.step = 400
-    method._set_modes(generating=False)
+    method.set_modes(generating=False)
     losses = []
     for _ in range(3):
         losses.append(method.student_step().detach())

@@ -65,7 +65,7 @@ def test_learning_rate_is_cosine_per_epoch(monkeypatch):
 
 def test_a_generator_step_changes_the_generator_alone():
     method = build(adv=1.0)
-    method._set_modes(generating=True)
+    method.set_modes(generating=True)
     student, teacher = weights(method.student_view.module), weights(method.teacher.module)
     generator = weights(method.generator)
     method.generator_step()
@@ -78,7 +78,7 @@ def test_a_generator_step_changes_the_generator_alone():
 
 def test_a_student_step_changes_the_student_alone():
     method = build()
-    method._set_modes(generating=False)
+    method.set_modes(generating=False)
     teacher, generator = weights(method.teacher.module), weights(method.generator)
     student = weights(method.student_view.module)
     method.student_step()
@@ -311,13 +311,21 @@ def _cloned(value: Any) -> Any:
 
 
 def test_estimate_grows_with_the_run(monkeypatch):
-    """With a clock that ticks a second per look, each timed step takes one second."""
-    ticks = iter(range(10_000))
-    monkeypatch.setattr("synthkit.synthesis.generator.cost.time.perf_counter", lambda: float(next(ticks)))
-    one = build(epochs=5, kd_steps=2, g_steps=3, batch_size=32).estimate()["seconds"]
-    assert one == 10 * 3 + 20  # 10 cycles of 3 generator steps, 20 student steps
-    double = build(epochs=5, kd_steps=2, g_steps=3, batch_size=64).estimate()["seconds"]
-    assert double == 2 * one  # timed at 32 images, twice as many per step
+    """On a clock that the steps move: a second per generator step, half a second per student step."""
+    clock = [0.0]
+    monkeypatch.setattr("synthkit.synthesis.generator.cost.time.perf_counter", lambda: clock[0])
+
+    def seconds(**settings: Any) -> float:
+        method = build(epochs=5, kd_steps=2, g_steps=3, **settings)
+
+        def steps(count: int) -> None:
+            clock[0] += 3 + 0.5 * count
+
+        monkeypatch.setattr(method, "run_cycle", steps)
+        return method.estimate()["seconds"]
+
+    assert seconds(batch_size=32) == 10 * 3 + 20 * 0.5  # 10 cycles of 3 generator steps, 20 student steps
+    assert seconds(batch_size=64) == 2 * 40  # timed at 32 images, twice as many per step
 
 
 def test_estimate_of_memory_grows_with_the_batch():

@@ -114,7 +114,7 @@ def test_a_failed_step_leaves_no_hook_on_the_teacher(monkeypatch):
 def test_the_adversary_reaches_the_generator_but_not_the_student():
     """Its gradient flows through the student to the images, while no student weight gathers one."""
     method = build(adv=1.0, bn=0.0, oh=0.0, lambda_ent=0.0)
-    method._set_modes(generating=True)
+    method.set_modes(generating=True)
     before = {k: v.clone() for k, v in method.generator.state_dict().items()}
     # Student and teacher must agree somewhere for the masked KL to be more than zero: let one copy the other.
     method.student_view.module = copy.deepcopy(method.teacher.module).requires_grad_(False)
@@ -139,16 +139,16 @@ def test_gradients_of_one_kind_of_step_do_not_pile_up_for_the_other():
     """Two student steps with a generator step between equal the same two with it left out."""
     first, second = build(adv=1.0), build(adv=1.0)
     for method in (first, second):
-        method._set_modes(generating=False)
+        method.set_modes(generating=False)
         method.student_step()
     frozen = {k: v.clone() for k, v in first.generator.state_dict().items()}
     state = first.noise.get_state()
-    first._set_modes(generating=True)
+    first.set_modes(generating=True)
     first.generator_step()
     first.generator.load_state_dict(frozen)
     first.noise.set_state(state)
     for method in (first, second):
-        method._set_modes(generating=False)
+        method.set_modes(generating=False)
         method.student_step()
     left, right = first.student_view.module.state_dict(), second.student_view.module.state_dict()
     assert all(torch.equal(left[k], right[k]) for k in left)

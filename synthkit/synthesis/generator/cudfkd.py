@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from synthkit.errors import ConfigError
-from synthkit.synthesis.base import Requires, widened
-from synthkit.synthesis.curriculum import adversarial_weight, age_at, self_paced_weights
+from synthkit.synthesis.base import widened
 from synthkit.synthesis.generator.config import GeneratorConfig
 from synthkit.synthesis.generator.loop import GeneratorLoop
 from synthkit.synthesis.losses import (
@@ -34,33 +32,8 @@ class CuDFKDConfig(GeneratorConfig):
     """Weight of the BatchNorm-statistics term; off for teachers without BatchNorm."""
     act: float = 0.0
     """Weight of the activation term."""
-    adv: float = 0.0
-    """Adversarial weight a_0 of the first, easy epochs."""
-    grad_adv: float = 0.5
-    """Growth of the adversarial weight per epoch between `begin` and `end`."""
-    begin: float = 0.25
-    """Fraction of the epochs at which the ramp begins."""
-    end: float = 0.75
-    """Fraction of the epochs at which the ramp ends."""
     adv_type: Literal["kl", "js"] = "kl"
     """Adversary: decision-masked KL, or ADI's Jensen-Shannon form."""
-    adv_T: float = 3.0
-    """Temperature of the adversary."""
-    lambda_0: float = 2.0
-    """Age parameter of the self-paced weights at the first step."""
-    alpha: float = 1e-4
-    """Growth of the age per student step (published: 1e-4 for CIFAR-10, 2e-5 elsewhere)."""
-    granularity: Literal["sample", "batch"] = "sample"
-    """Self-paced weight per sample (as the paper says) or one per batch (as the published code does)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.begin <= self.end <= 1:
-            raise ConfigError(
-                "method.begin and method.end must satisfy 0 <= begin <= end <= 1", got=(self.begin, self.end)
-            )
-        if self.lambda_0 <= 0:
-            raise ConfigError("method.lambda_0 must be positive", got=self.lambda_0)
 
 
 class CuDFKD(GeneratorLoop):
@@ -80,58 +53,16 @@ class CuDFKD(GeneratorLoop):
     Cost: per generator step one forward/backward of generator, teacher (to its input) and, while a > 0, student.
     """
 
-    requires: ClassVar[Requires] = Requires(teacher=True)
     Config: ClassVar[type] = CuDFKDConfig
+    default_curriculum: ClassVar[str] = "easy2hard"
     config: CuDFKDConfig
-
-    def __init__(self, config: CuDFKDConfig, task):
-        super().__init__(config, task)
-        self.use_bn = config.bn != 0 and self.teacher.has_batchnorm
-        if config.bn != 0 and not self.use_bn and task.warn:
-            task.warn(f"{self.teacher.name} has no BatchNorm layer: the BN-statistics term is off")
-
-    def adversarial_weight(self, epoch: int) -> float:
-        """a(e) of the ramp."""
-        c = self.config
-        growth = c.grad_adv if self.task.curriculum.ramp else 0.0
-        return adversarial_weight(epoch, c.epochs, c.adv, growth, c.begin, c.end)
-
-    @property
-    def age(self) -> float:
-        """lambda of the current student step."""
-        return age_at(self.step, self.config.lambda_0, self.config.alpha)
-
-    def schedule_figures(self, epoch: int) -> dict[str, float]:
-        """The adversary's weight in `epoch` and the age at its end."""
-        return {"adv_weight": self.adversarial_weight(epoch), "age": self.age}
 
     def generator_terms(self, images: Tensor) -> dict[str, Tensor]:
         """The weighted terms of L_G."""
-        features = statistics = None
-        if self.use_bn:
-            with self.teacher.bn_statistics() as statistics:
-                teacher, features = self._teacher(images)
-        else:
-            teacher, features = self._teacher(images)
+        seen = self.look(images, features=self.config.act != 0)
         weight = self.adversarial_weight(self.epoch)
         student = widened(self.student_view(images)) if weight != 0 else None
-        return cudfkd_terms(
-            self.config,
-            widened(teacher),
-            student,
-            features,
-            statistics.loss() if statistics else None,
-            weight,
-        )
-
-    def _teacher(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.teacher.features(images) if self.config.act != 0 else (self.teacher(images), None)
-
-    def student_loss(self, per_sample: Tensor) -> Tensor:
-        """mean_i v(l_i) l_i, or v(mean l) mean l for the published code's granularity."""
-        form = self.task.curriculum.weights
-        losses = per_sample.mean() if self.config.granularity == "batch" else per_sample
-        return (self_paced_weights(losses, self.age, form) * losses).mean()
+        return cudfkd_terms(self.config, seen.logits, student, seen.features, seen.bn, weight)
 
 
 def cudfkd_terms(
