@@ -2,7 +2,7 @@
 
 Source: method card `dfkd` 1.3 and 9 (ljrprocc/DataFree@bf3096b, zju-vipa/CMI@9e79fa9, zju-vipa/Fast-Datafree@0dcecbc,
 huawei-noah DAFL, kuluhan/PRE-DFKD@604010d, VainF/Data-Free-Adversarial-Distillation@c161591,
-polo5/ZeroShotKnowledgeTransfer@e24915d), rebuilt from their layer lists.
+polo5/ZeroShotKnowledgeTransfer@e24915d, bigdata-inha/TA-DFKD-Official@5cb7f8a), rebuilt from their layer lists.
 
 | name | ends in | weights at start | notes |
 |---|---|---|---|
@@ -16,6 +16,7 @@ polo5/ZeroShotKnowledgeTransfer@e24915d), rebuilt from their layer lists.
 | dfad_a | BN without affine | torch default | as dafl with the usual eps; normalised space |
 | dfad_b | Tanh | N(0, 0.02) | the dcgan body; mapped from [-1, 1] to [0, 1] |
 | zskt | BN with affine | torch default | no squash; normalised space |
+| tadfkd | Sigmoid | torch default | TA-DFKD; as dafl with a LeakyReLU after its first BN |
 
 "Normalised space" generators make what the teacher's first layer sees. synthkit's images are pixels, so these need the
 teacher's `mean` and `std`: `forward` returns `raw * std + mean`, unclamped, which the teacher's view turns back into
@@ -235,6 +236,21 @@ def _normalised(name: str, end: Callable[[int], list[nn.Module]], eps: float = 1
     return build
 
 
+def _tadfkd(*, latent_dim: int, image_size: int, channels: int, width: int, **_: object) -> Generator:
+    side = _start_side("tadfkd", image_size, 2)
+    layers: list[nn.Module] = [nn.BatchNorm2d(2 * width), nn.LeakyReLU(_SLOPE, inplace=True)]
+    for cin, cout in ((2 * width, 2 * width), (2 * width, width)):
+        layers += [_up(), *_conv(cin, cout, bias=True, eps=0.8)]
+    layers += [nn.Conv2d(width, channels, 3, padding=1), nn.Sigmoid()]
+    return Generator(
+        _project(latent_dim, 2 * width, side),
+        nn.Sequential(*layers),
+        latent_shape=(latent_dim,),
+        image_size=image_size,
+        channels=channels,
+    )
+
+
 def _tanh_bn(channels: int) -> list[nn.Module]:
     return [nn.Tanh(), nn.BatchNorm2d(channels, affine=False)]
 
@@ -258,6 +274,7 @@ GENERATORS: dict[str, Callable[..., Generator]] = {
     "dafl_sn": _dafl_sn,
     "dfad_a": _normalised("dfad_a", _tanh_bn),
     "dfad_b": _dfad_b,
+    "tadfkd": _tadfkd,
     "zskt": _normalised("zskt", lambda channels: [nn.BatchNorm2d(channels)]),
 }
 
