@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "distill": "train a student from a bank alone",
     "teach": "train a teacher on real data",
     "evaluate": "measure a model, its agreement with its teacher, or what a bank teaches fresh networks",
+    "select": "choose stopping point and run without data, by agreement on other banks' images",
     "bank": "info, verify, repair, merge, dedup, stats, privacy audit, import, push, pull, ... of a bank",
     "export": "a bank as ImageFolder, parquet, WebDataset, MDS, npz, .pt or safetensors",
     "report": "one self-contained HTML page of runs and banks",

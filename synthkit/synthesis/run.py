@@ -7,12 +7,14 @@ committed shards reach always exists, and a resumed run ends with the same bytes
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from synthkit.bank import Bank, BankWriter
+from synthkit.bank.disk.storage import staged
 from synthkit.bank.state import entries
 from synthkit.errors import RunError
 from synthkit.lazy import torch
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from synthkit.models.view import ModelView, TeacherView
 
 SAFE_POINT_SECONDS = 60.0  # between two stored states of a method whose images come late
+CHECKPOINTS = Path("student") / "checkpoints"  # in the bank: step-STEPS/ of every kept state of the student
 LONG = 6 * 3600  # seconds after which a newcomer is told how to make it shorter
 
 
@@ -92,6 +95,8 @@ class Run:
             self.task.warn = self.record.warn
             if self.evaluation:
                 self.task.eval_hook = self._evaluate_now
+            if getattr(self.config.method, "checkpoints", 0):
+                self.task.keep_student = self._keep_student
             self._shards(first, self.method.generate())
         self.record.progress(self.method.step - self._steps_before)
         if self.method.step < self.method.total_steps:
@@ -203,14 +208,24 @@ class Run:
             arrays = {name: value.detach().cpu().numpy() for name, value in snapshot.state.items()}
             self.writer.write_generator(index, arrays, {"generator": snapshot.spec, "step": snapshot.step})
 
+    def _keep_student(self, student: ModelView, steps: int) -> None:
+        """Store the student where that is due; a state that lies there from before a kill is left alone."""
+        folder = self.writer.path / CHECKPOINTS
+        kept = [int(entry.name.partition("-")[2]) for entry in folder.glob("step-*")]
+        total: int = self.method.student_steps  # type: ignore[attr-defined]  # methods with a student have it
+        if keeping_is_due(steps, kept, self.config.method.checkpoints, total):
+            with staged(folder / f"step-{steps}") as staging:
+                self._write_student(student, staging, {"step": steps})
+
     def _save_student(self) -> None:
         student = self.method.student()
-        if student is None:
-            return
+        if student is not None:
+            self._write_student(student, RunDir(self.writer.path / "student").create().path, {})
+
+    def _write_student(self, student: ModelView, folder: Path, facts: dict[str, Any]) -> None:
         from synthkit.models.card import ModelCard
         from synthkit.models.weights import file_sha256, save_weights
 
-        folder = RunDir(self.writer.path / "student").create().path
         weights = folder / "student.safetensors"
         save_weights(student.module, weights)
         ModelCard(
@@ -224,7 +239,7 @@ class Run:
             class_names=student.class_names,
             source=f"co-trained by synthkit {self.config.method_name} from {self.config.teacher}",
             licence=self.licence,
-            extra={"teacher": self.config.teacher, "bank": str(self.writer.path)},
+            extra={"teacher": self.config.teacher, "bank": str(self.writer.path), **facts},
         ).save(folder / "card.yaml")
 
     def _evaluate_now(self, student: ModelView, epoch: int) -> dict[str, float] | None:
@@ -234,6 +249,16 @@ class Run:
             return None
         assert self.evaluation is not None  # the hook is only set with one
         return self.evaluation(student)
+
+
+def keeping_is_due(steps: int, kept: Sequence[int], count: int, total: int) -> bool:
+    """Whether a student of `steps` steps is the first in its part, when `total` steps are cut into `count` equal parts.
+
+    Called at the end of every epoch: states are spread evenly and the last one is among them. One of an earlier leg in
+    the same part (or this very one) is in `kept`: it would come out the same, so it counts.
+    """
+    part = steps * count // total
+    return part > 0 and all(step * count // total != part for step in kept)
 
 
 def announce(method: Synthesizer, writer: BankWriter, record: RunRecord) -> None:

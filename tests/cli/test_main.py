@@ -26,6 +26,7 @@ LIGHT = [
     ["distill", "--help"],
     ["teach", "--help"],
     ["evaluate", "--help"],
+    ["select", "--help"],
     ["bank", "--help"],
     ["synthesize", "--teacher", "r34", "--print_config"],
 ]

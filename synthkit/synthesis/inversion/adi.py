@@ -50,6 +50,8 @@ class ADIConfig(InversionConfig):
     """Augmentation of the student's images."""
     memory: int = 50_000
     """Newest images that the student learns from."""
+    checkpoints: int = 0
+    """States of the student that the bank keeps, spread evenly over its steps, the last one included (0: none)."""
 
     def __post_init__(self) -> None:
         from synthkit.data.policies import POLICIES
@@ -61,6 +63,8 @@ class ADIConfig(InversionConfig):
         for name in ("student_lr", "T"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"method.{name} must be positive", got=getattr(self, name))
+        if self.checkpoints < 0:
+            raise ConfigError("method.checkpoints must not be negative", got=self.checkpoints)
         if self.augment not in POLICIES:
             raise ConfigError("method.augment: no such policy", got=self.augment, allowed=POLICIES)
 
@@ -174,6 +178,8 @@ class AdaptiveDeepInversion:
             self._advance(self.config.student_batch)
             if self.left and self.left % SAFE == 0:
                 yield None
+        if loss is not None and self.task.keep_student:
+            self.task.keep_student(self.learner.view, self.learner.step)
         if loss is not None and self.task.log:
             record = {"step": self.step, "kd": float(loss), "batch": self.made, "student_steps": self.learner.step}
             if self.task.eval_hook:
