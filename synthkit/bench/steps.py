@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Pieces:
     """Step -> the bare pieces of which the fastest is its floor."""
     facts: dict[str, Any]
     """Networks, batch and settings, for the record."""
+    before: Mapping[str, Callable[[], object]] = field(default_factory=dict)
+    """What is done before every run of a piece, untimed."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,18 +57,18 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ConfigError("bench steps: --repeats must be at least 1", got=args.repeats)
-    result = measure(args, module)
+    result = module.measure(args) if hasattr(module, "measure") else measure(args, module.build)
     if args.out:
         write_json(args.out, result)
     print(json.dumps(result, indent=1))
     return 0
 
 
-def measure(args: argparse.Namespace, module: Any) -> dict[str, object]:
-    """Medians of all pieces of a family, interleaved in one run."""
+def measure(args: argparse.Namespace, build: Callable[[argparse.Namespace, Runtime], Pieces]) -> dict[str, Any]:
+    """Medians of all pieces that `build` gives, interleaved in one run."""
     runtime = Runtime.create(RuntimeConfig(device=args.device, precision=args.precision, threads=args.threads))
-    pieces: Pieces = module.build(args, runtime)
-    seconds = timed(pieces.run, args.repeats, cuda=runtime.device.type == "cuda")
+    pieces = build(args, runtime)
+    seconds = timed(pieces.run, args.repeats, cuda=runtime.device.type == "cuda", before=pieces.before)
     floor = {step: min(seconds[bare] for bare in bares) for step, bares in pieces.floors.items()}
     return {
         "what": "CPU seconds (process time)" if runtime.device.type == "cpu" else "wall seconds, synchronised",
@@ -83,11 +85,19 @@ def measure(args: argparse.Namespace, module: Any) -> dict[str, object]:
     }
 
 
-def timed(pieces: Mapping[str, Callable[[], object]], repeats: int, *, cuda: bool) -> dict[str, float]:
+def timed(
+    pieces: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    cuda: bool,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, float]:
     """Median seconds of every piece over interleaved repetitions, after two warm-up rounds."""
     found: dict[str, list[float]] = {name: [] for name in pieces}
     for round_ in range(repeats + 2):
         for name, piece in pieces.items():
+            if before and name in before:
+                before[name]()
             if cuda:
                 import torch
 
