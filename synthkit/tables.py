@@ -14,16 +14,32 @@ from typing import Any
 from synthkit.errors import ConfigError
 
 METHODS: dict[str, str] = {
+    "adadfkd": "synthkit.synthesis.generator.adadfkd:AdaDFKD",
     "adi": "synthkit.synthesis.inversion.adi:AdaptiveDeepInversion",
+    "cmi": "synthkit.synthesis.generator.cmi:CMI",
     "cudfkd": "synthkit.synthesis.generator.cudfkd:CuDFKD",
+    "dafl": "synthkit.synthesis.generator.dafl:DAFL",
     "dc": "synthkit.synthesis.matching.dc:DC",
     "deepinversion": "synthkit.synthesis.inversion.deepinversion:DeepInversion",
+    "dfad": "synthkit.synthesis.generator.dfad:DFAD",
+    "dfme": "synthkit.synthesis.generator.dfme:DFME",
+    "dfq": "synthkit.synthesis.generator.dfq:DFQ",
     "diffusion": "synthkit.synthesis.diffusion.diffusion:Diffusion",
     "dm": "synthkit.synthesis.matching.dm:DM",
     "dsa": "synthkit.synthesis.matching.dsa:DSA",
+    "lra": "synthkit.synthesis.generator.lra:LRA",
+    "mbdfkd": "synthkit.synthesis.generator.mbdfkd:MBDFKD",
+    "fastdfkd": "synthkit.synthesis.generator.fastdfkd:FastDFKD",
     "mtt": "synthkit.synthesis.matching.mtt:MTT",
+    "nayer": "synthkit.synthesis.generator.nayer:NAYER",
     "noise": "synthkit.synthesis.selection.noise:Noise",
+    "predfkd": "synthkit.synthesis.generator.predfkd:PREDFKD",
     "random_real": "synthkit.synthesis.selection.random_real:RandomReal",
+    "softtarget": "synthkit.synthesis.generator.softtarget:SoftTarget",
+    "spaceshipnet": "synthkit.synthesis.generator.spaceshipnet:SpaceshipNet",
+    "tadfkd": "synthkit.synthesis.generator.tadfkd:TADFKD",
+    "zskd": "synthkit.synthesis.generator.zskd:ZSKD",
+    "zskt": "synthkit.synthesis.generator.zskt:ZSKT",
 }
 
 LOSSES: dict[str, str] = {
