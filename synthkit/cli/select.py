@@ -45,8 +45,8 @@ def _parser() -> Arguments:
     parser.add_argument("--teacher", metavar="SPEC", help="model spec; the banks' own by default")
     parser.add_argument("--eval-data", metavar="DATA", help="labelled data: afterwards, say what the choice has cost")
     parser.add_argument("--limit", type=int, default=512, metavar="N", help="probe images per bank, at most (512)")
-    parser.add_argument("--total", type=int, default=8192, metavar="N",
-                        help="probe images per student, at most, over all probe banks (8192)")  # fmt: skip
+    parser.add_argument("--total", type=int, default=4096, metavar="N",
+                        help="probe images per student, at most, over all probe banks (4096)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of probe images (0)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--out", metavar="FILE.json", help="write the result to a new file too")

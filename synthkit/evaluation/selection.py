@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 OTHERS = "others"
 LIMIT = 512
 """Probe images of one bank, at most."""
-TOTAL = 8192
+TOTAL = 4096
 """Probe images that one student is shown, at most (twice: as they are and augmented)."""
 
 
@@ -217,19 +217,15 @@ def _observed(index: int, run: Run, probes: Sequence[Probe], teacher: Any, devic
 
 def _add_disagreement(runs: Sequence[Run], students: Sequence[Student]) -> None:
     """Compare every student with those of its run's siblings that were as far on."""
-    for student in students:
-        own = runs[student.run]
-        for name, classes in student.classes.items():
-            found = []
-            for index, run in enumerate(runs):
-                if run.name != own.name or index == student.run:
-                    continue
-                theirs = [s for s in students if s.run == index and name in s.classes]
-                if theirs:
-                    nearest = min(theirs, key=lambda s: abs(s.progress - student.progress))
-                    found.append(disagreement(classes, nearest.classes[name]))
-            if found:
-                student.probes[name]["disagreement"] = float(np.mean(found))
+    groups = [of_run(students, index) for index in range(len(runs))]
+    for index, (run, mine) in enumerate(zip(runs, groups, strict=True)):
+        siblings = [groups[i] for i, other in enumerate(runs) if other.name == run.name and i != index]
+        for student in mine:
+            nearest = [min(group, key=lambda s: abs(s.progress - student.progress)) for group in siblings]
+            for name, classes in student.classes.items():
+                found = [disagreement(classes, s.classes[name]) for s in nearest if name in s.classes]
+                if found:
+                    student.probes[name]["disagreement"] = float(np.mean(found))
 
 
 # ---- deciding ------------------------------------------------------------------------------------------------------

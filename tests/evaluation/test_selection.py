@@ -145,7 +145,9 @@ def blobs(seed: int, count: int, coarse: int) -> np.ndarray:
     return torch.nn.functional.interpolate(values, size=(32, 32), mode="bilinear").sigmoid().mul(255).byte().numpy()
 
 
-def save_student(folder: Path, teacher: Path, damage: float, arch: str = "lenet5_bn") -> None:
+def save_student(
+    folder: Path, teacher: Path, damage: float, arch: str = "lenet5_bn", extra: dict | None = None
+) -> None:
     """The teacher's weights, moved away from it by `damage` (of their own size) in one fixed direction."""
     folder.mkdir(parents=True)
     loaded = load_model(str(teacher))
@@ -157,7 +159,7 @@ def save_student(folder: Path, teacher: Path, damage: float, arch: str = "lenet5
     save_weights(module, folder / "student.safetensors")
     ModelCard(
         arch=arch, num_classes=10, input_size=(1, 32, 32), mean=MEAN, std=STD, weights="student.safetensors",
-        sha256=file_sha256(folder / "student.safetensors"), class_names=loaded.card.class_names,
+        sha256=file_sha256(folder / "student.safetensors"), class_names=loaded.card.class_names, extra=extra or {},
     ).save(folder / "card.yaml")  # fmt: skip
 
 
@@ -279,6 +281,26 @@ def test_siblings_are_no_probes_where_other_methods_are(world):
     shown = {row["run"]: row["probes"] for row in found["runs"]}
     assert shown[str(world / "alpha")] == shown[str(world / "beta")] == [str(world / "gamma")]
     assert found["runs"][2]["score"] is None  # nobody else saw its two probe banks
+
+
+def test_distill_runs_are_judged_on_banks_that_they_did_not_learn_from(world, tmp_path):
+    """One student each: no stopping point, but a choice among runs."""
+    teacher = {"spec": str(world / "card.yaml"), "sha256": load_model(str(world / "card.yaml")).sha256}
+    for name, bank, damage in (("good", "alpha", 0.05), ("bad", "outside", 0.9)):
+        source = {"path": str(world / bank), "uuid": Bank(world / bank).record["uuid"]}
+        extra = {"bank": source, "teacher": teacher, "seed": 3}
+        save_student(tmp_path / name, world / "card.yaml", damage, extra=extra)
+        (tmp_path / name / "result.json").write_text('{"steps": 500}')
+    runs = [tmp_path / "good", tmp_path / "bad"]
+    found = select(runs, [world / "beta", world / "gamma"], device="cpu")
+    assert found["choice"]["run"] == str(tmp_path / "good") and found["choice"]["stop"] == 500
+    assert [row["score"] for row in found["candidates"]] == [None, None]
+    assert [(r["name"], r["seed"]) for r in found["runs"]] == [("distill on alpha", 3), ("distill on outside", 3)]
+    with pytest.raises(UsageError, match="good learned from these very images"):
+        select(runs, [world / "alpha"], device="cpu")
+    mixed = select([*runs, world / "alpha", world / "beta"], device="cpu")
+    assert mixed["runs"][0]["probes"] == [str(world / "beta")]
+    assert mixed["runs"][1]["probes"] == [str(world / "alpha"), str(world / "beta")]
 
 
 def test_the_same_twice(world, chosen):
