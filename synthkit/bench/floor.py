@@ -70,7 +70,7 @@ def recording() -> Iterator[list[Call]]:
 
     handles = [
         hooks.register_module_forward_pre_hook(before),
-        hooks.register_module_forward_hook(after, with_kwargs=True, always_call=True),
+        hooks.register_module_forward_hook(after, with_kwargs=True),
     ]
     try:
         yield calls
