@@ -27,6 +27,7 @@ from synthkit.models.card import ModelCard
 from synthkit.models.view import ModelView, TeacherView
 from synthkit.runtime import RunDir
 from synthkit.synthesis.run import CHECKPOINTS
+from synthkit.tables import lookup, methods
 
 Statistics = list[tuple[Tensor, Tensor]]
 
@@ -68,11 +69,9 @@ def find_run(path: str | Path, name: str | None = None, seed: int | None = None)
             f"{path}: the run kept no checkpoints of its student, so there is no stopping point to choose",
             hint="make the bank with --method.checkpoints 10",
         )
-    method = bank.spec.recipe.get("method")
-    called = method.get("name") if isinstance(method, dict) else method
     return Run(
         path=path,
-        name=name or str(called or path.name),
+        name=name or method_of(bank),
         seed=bank.spec.seed if seed is None else seed,
         bank=bank,
         made_from=identities(bank),
@@ -101,6 +100,17 @@ def _distill_run(path: Path, name: str | None, seed: int | None) -> Run:
         teacher=dict(teacher) if isinstance(teacher, dict) else {},
         students=[(int((RunDir(path).read_json("result.json") or {}).get("steps", 0)), path)],
     )
+
+
+def method_of(bank: Bank) -> str:
+    """The method that made the bank, with the curriculum where that is not the method's own."""
+    method = bank.spec.recipe.get("method")
+    name = str((method.get("name") if isinstance(method, dict) else method) or bank.path.name)
+    curriculum = bank.spec.recipe.get("curriculum")
+    if curriculum is None or name not in methods():
+        return name
+    usual = getattr(lookup("method", name), "default_curriculum", "easy2hard")
+    return name if curriculum == usual else f"{name} {curriculum}"
 
 
 def identities(bank: Bank) -> frozenset[str]:

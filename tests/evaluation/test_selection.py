@@ -12,6 +12,7 @@ import torch
 from workshop import MEAN, STD, save_teacher, tree
 
 from synthkit.bank import Bank
+from synthkit.bank.joining.merge import merge
 from synthkit.bank.make import bank_from_arrays
 from synthkit.cli.main import main
 from synthkit.errors import DataError, ModelError, RequirementError, UsageError
@@ -163,15 +164,19 @@ def save_student(
     ).save(folder / "card.yaml")  # fmt: skip
 
 
-def save_bank(path: Path, teacher: Path, seed: int, coarse: int, name: str, **options) -> Bank:
+def save_bank(path: Path, teacher: Path, seed: int, coarse: int, name: str = "", **options) -> Bank:
     images = blobs(seed, 60, coarse)
     loaded = load_model(str(teacher))
     with torch.no_grad():
         labels = TeacherView.from_loaded(loaded)(torch.from_numpy(images)).argmax(1).numpy()
-    options = {"teacher": {"spec": str(teacher), "sha256": loaded.sha256}, "label_kind": "argmax", **options}
+    options = {
+        "teacher": {"spec": str(teacher), "sha256": loaded.sha256},
+        "label_kind": "argmax",
+        "recipe": {"method": {"name": name}},
+        **options,
+    }
     return bank_from_arrays(
-        path, images, labels, num_classes=10, mean=MEAN, std=STD, class_names=loaded.card.class_names,
-        recipe={"method": {"name": name}}, **options,
+        path, images, labels, num_classes=10, mean=MEAN, std=STD, class_names=loaded.card.class_names, **options,
     )  # fmt: skip
 
 
@@ -185,6 +190,7 @@ def world(tmp_path_factory) -> Path:
         for step, damage in zip(STEPS, damages, strict=True):
             save_student(folder / name / probes.CHECKPOINTS / f"step-{step}", teacher, damage)
     save_bank(folder / "outside", teacher, 10, 6, "noise")
+    save_bank(folder / "sibling", teacher, 12, 3, "alpha")
     save_bank(folder / "labelled", teacher, 11, 4, "labelled", label_kind="real")
     return folder
 
@@ -308,6 +314,18 @@ def test_the_same_twice(world, chosen):
     twice = select([world / n for n in DAMAGE], seed=0, limit=30, device="cpu")
     assert [r["signals"] for r in again["candidates"]] == [r["signals"] for r in twice["candidates"]]
     assert [r["signals"] for r in again["candidates"]] != [r["signals"] for r in chosen["candidates"]]
+
+
+def test_a_curriculum_of_its_own_makes_another_method(world, tmp_path):
+    for i, (curriculum, name) in enumerate((("easy2hard", "cudfkd"), ("none", "cudfkd none"))):
+        recipe = {"method": {"name": "cudfkd"}, "curriculum": curriculum}
+        assert probes.method_of(save_bank(tmp_path / str(i), world / "card.yaml", i, 4, recipe=recipe)) == name
+
+
+def test_a_joined_bank_is_the_own_bank_of_its_parts(world, tmp_path):
+    joined = merge([world / "alpha", world / "sibling"], tmp_path / "joined").out
+    with pytest.raises(UsageError, match="learned from these very images"):
+        select([world / "alpha"], [joined], device="cpu")
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
