@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 def diagnose(
     students: Sequence[Student],
     result: dict[str, Any],
-    eval_data: str | RealData,
+    data: RealData,
     teacher: TeacherView,
     device: Any,
-    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure every student on labelled data and put the choices of `result` beside the best that could be made.
 
     It adds `top1` to the rows of `result["candidates"]` and returns JSON-able values. All regrets are differences of
-    top-1 shares, from 0 (as good as the oracle):
+    top-1 shares, from 0 (as good as the oracle, which is the luckiest of its rivals on these very images too):
 
     - `stopping`: means over the runs of the regret within a run's students; of `choice` (the rule), `last` (the last
       epoch), `random` (expected), and of every signal alone; `runs` has them one by one, `spearman` the mean rank
@@ -38,12 +37,9 @@ def diagnose(
       students; `best_last`, the best of those; `random`, the mean over all students.
     - `methods`: the method with the best mean score against the one with the best mean top-1 over its seeds.
     """
-    from synthkit.data.specs import load_data
     from synthkit.evaluation.metrics import matched, score
     from synthkit.evaluation.probes import load_student
 
-    data = load_data(eval_data, "test", size=teacher.input_size) if isinstance(eval_data, str) else eval_data
-    tell(f"diagnosis: {len(students)} students on {len(data)} labelled images")
     said: list[str] = []
     for student, row in zip(students, result["candidates"], strict=True):
         view = load_student(student.folder, teacher, device)

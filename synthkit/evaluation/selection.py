@@ -103,6 +103,7 @@ def select(
     """
     import torch
 
+    from synthkit.data.specs import load_data
     from synthkit.evaluation import probes as banks
     from synthkit.runtime import resolve_device
 
@@ -117,6 +118,7 @@ def select(
     opened = _probe_banks(runs, words)
     sets = [_probes_of(run, runs, opened) for run in runs]
     per_bank = max(1, min(limit, total // max(len(paths) for paths in sets)))
+    data = load_data(eval_data, "test", size=view.input_size) if isinstance(eval_data, str) else eval_data
     say = tell or (lambda text: None)
     say(f"{len(opened)} probe banks of up to {per_bank} images each; {sum(len(r.students) for r in runs)} students")
     shown = {path: banks.load_probe(bank, view, loaded.sha256, per_bank, seed) for path, bank in opened.items()}
@@ -128,10 +130,11 @@ def select(
     result = _decide(runs, students)
     result["notes"] += _notes(runs, students, list(shown.values()))
     result["diagnosis"] = None
-    if eval_data is not None:
+    if data is not None:
         from synthkit.evaluation.judging import diagnose
 
-        result["diagnosis"] = diagnose(students, result, eval_data, view, where, say)
+        say(f"diagnosis: {len(students)} students on {len(data)} labelled images")
+        result["diagnosis"] = diagnose(students, result, data, view, where)
     return {
         "what": "data-free model selection",
         "rule": RULE,

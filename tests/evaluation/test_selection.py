@@ -247,6 +247,7 @@ def test_the_diagnosis_puts_the_choice_beside_oracle_last_and_random(chosen):
     assert found["among_runs"]["regret"]["choice"] == 0 and found["among_runs"]["regret"]["random"] > 0
     assert found["together"]["oracle"] == max(top1.values()) and found["together"]["regret"]["choice"] == 0
     last = [top1[name, 40] for name in DAMAGE]
+    assert last[1] > last[0] > last[2] and found["among_runs"]["spearman"]["score"] == pytest.approx(1)
     assert found["together"]["regret"]["last"] == pytest.approx(max(top1.values()) - np.mean(last))
     assert found["methods"]["choice"] == found["methods"]["oracle"] == "alpha"
 
@@ -340,6 +341,8 @@ def test_refusals(world, tmp_path):
         select([world / "alpha"], device="cpu")
     with pytest.raises(ModelError, match="neither a bank nor"):
         select([tmp_path], [world / "outside"], device="cpu")
+    with pytest.raises(DataError, match="imagefolder"):
+        select([world / "alpha"], [world / "outside"], eval_data=f"imagefolder:{tmp_path / 'no'}", device="cpu")
     with pytest.raises(UsageError, match="named twice"):
         select([world / "alpha", world / "alpha"], device="cpu")
     with pytest.raises(UsageError, match="at least 1"):
