@@ -101,7 +101,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     if choice is None:
         out.append("no run is chosen")
     else:
-        out += [f"runs at their stopping points, by the same rule: {', '.join(methods)}",
+        out += [f"methods, mean score of their runs at the stopping points, by the same rule: {', '.join(methods)}",
                 f"chosen: {choice['name']} seed {choice['seed']}, step {choice['stop']}: {choice['path']}"]  # fmt: skip
     if measured:
         out += _diagnosis(result["diagnosis"])
