@@ -67,7 +67,8 @@ class AdaDFKD(CuDFKD):
     grad_adv > 0. Without a ramp h stays 0, without weights v = 1.
 
     Shapes: as CuDFKD; features (B, D), queue (negatives, D of the teacher), filled with random unit vectors at first.
-    Source: Li et al., "AdaDFKD" (successor of CuDFKD by its author); ljrprocc/DFKD@cd281c4
+    Source: Li et al., "AdaDFKD: Exploring adaptive inter-sample relationship in data-free knowledge distillation"
+        (Neural Networks 2024, doi 10.1016/j.neunet.2024.106386); ljrprocc/DFKD@cd281c4
         `datafree/synthesis/adadfkd.py`, `datafree/utils/_utils.py:MoCo,difficulty_mining`, `datafree_kd.py`.
     Differs from source: where feature widths differ the released code maps student features with a Linear that it
         makes anew, untrained, in every iteration, so that the queue's features and the keys lie in unrelated spaces;
