@@ -34,9 +34,9 @@ SMALL = {
 class TestCMI(SynthesizerContract):
     name = "cmi"
     options = {**SMALL, "student": "convnet_d1_w8_bn"}
-    engine_options = {**SMALL, "student": "lenet5_half"}
-    inner = {"synthesise": (3, 2), "learn": (6, 3)}
-    arrivals = (3, 2, 1)
+    engine_options = {**SMALL, "student": "lenet5_half", "epochs": 2, "batch_size": 8}
+    inner = {"synthesise": (3, 2), "learn": (5,)}
+    arrivals = (3, 2)
     falling = ("kd",)  # every call starts anew, so its own loss need not fall from call to call
     longer = {"epochs": 3, "ep_steps": 10, "lr": 0.05}
 

@@ -32,9 +32,9 @@ SMALL = {
 class TestFastDFKD(SynthesizerContract):
     name = "fastdfkd"
     options = {**SMALL, "student": "convnet_d1_w8_bn"}
-    engine_options = {**SMALL, "student": "lenet5_half"}
+    engine_options = {**SMALL, "student": "lenet5_half", "epochs": 2, "batch_size": 8}
     inner = {"learn_to_adapt": (3, 2)}
-    arrivals = (3, 2, 1)
+    arrivals = (3, 2)
     falling = ("g_loss",)
     longer = {"epochs": 4, "ep_steps": 6, "synthesis_batch": 2, "lr_g": 5e-3, "adv": 0.0, "reset_l0": 0}
 
@@ -53,9 +53,9 @@ def test_meta_learning_pays():
     found = method(reset_l0=0, adv=0.0, lr_g=5e-3)
     losses: list[torch.Tensor] = []
     found.note_generator = lambda terms, loss: losses.append(loss.detach())
-    for call in range(30):
+    for call in range(20):
         found.synthesise(call)
-    first = torch.stack(losses).view(30, 3)[:, 0]
+    first = torch.stack(losses).view(20, 3)[:, 0]
     assert first[-5:].mean() < first[:5].mean()
 
 
@@ -145,10 +145,10 @@ def test_reset_draws_the_first_layers_anew():
     changed = [n for (n, a), b in zip(generator.named_parameters(), before.parameters(), strict=True) if (a != b).any()]
     assert changed == ["project.1.weight", "project.1.bias", "main.0.weight"]
     linear, norm = generator.project[1], generator.main[0]
-    assert float(linear.weight.std()) == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
-    assert float(norm.weight.abs().mean()) < 0.05
+    assert float(linear.weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
+    assert float(norm.weight.detach().abs().mean()) < 0.05
     generator.reset(seed=0)
-    assert float(norm.weight.mean()) == pytest.approx(1.0, abs=0.02)
+    assert float(norm.weight.detach().mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_reset_happens_before_its_call():

@@ -82,7 +82,8 @@ class CMI(PoolLoop):
         2105.08584); zju-vipa/CMI@9e79fa9 `datafree/synthesis/contrastive.py` (golden cases cmi_*).
     Differs from source: a bank that is exactly full offers all its rows (the released one offers none in that one call,
         whose loss is then NaN, so that the images of its first iteration are kept); a bank of any size wraps around
-        (there it must be a multiple of the batch); the memory is drawn from with replacement; the published start from
+        (there it must be a multiple of the batch); the memory is drawn from with replacement; local views are cut and
+        resampled as torchvision does it (there by kornia); the published start from
         50,000 images inverted without adversary is `warmup`. The code, and this file, taps inputs of layers, where its
         comments speak of outputs; a teacher without BatchNorm is tapped at the inputs of all convolutions and linear
         layers but the first (no published form).
