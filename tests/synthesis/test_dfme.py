@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,15 @@ from synthkit.errors import ConfigError
 from synthkit.models.view import TeacherView
 from synthkit.synthesis import engine
 from synthkit.synthesis.curriculum import Curriculum
-from synthkit.synthesis.generator.dfme import DFME, BlackBox, DFMEConfig, answered, zeroth_order_gradient
+from synthkit.synthesis.generator import dfme
+from synthkit.synthesis.generator.dfme import (
+    DFME,
+    BlackBox,
+    DFMEConfig,
+    answered,
+    full_precision,
+    zeroth_order_gradient,
+)
 
 
 def build(*, of_task: dict[str, Any] | None = None, **settings: Any) -> DFME:
@@ -163,6 +172,30 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.box, name)
+
+
+def test_the_estimate_is_made_in_full_precision():
+    """On a GPU the runtime allows TF32, whose ten bits would round the small steps away."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for value in (True, False):
+            for switch in switches:
+                switch.allow_tf32 = value
+            with full_precision():
+                assert not any(switch.allow_tf32 for switch in switches)
+            assert [switch.allow_tf32 for switch in switches] == [value, value]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def test_the_generators_objective_is_evaluated_in_it(monkeypatch):
+    method, inside = build(), []
+    monkeypatch.setattr(dfme, "full_precision", lambda: inside.append(True) or nullcontext())
+    method.set_modes(generating=True)
+    method.generator_step()
+    assert inside == [True]
 
 
 def test_the_generator_moves_towards_disagreement():

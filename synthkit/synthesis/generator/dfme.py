@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -117,20 +118,20 @@ class DFME(GeneratorLoop):
         c = self.config
         with self.task.runtime.autocast():
             inputs = self.student_view.normalize(widened(self.generator(self.latents(c.batch_size, self.noise))))
-        # Outside of autocast: a difference of two losses over 1e-3 does not survive a half precision.
         points = inputs.detach()
         shape = (len(points), c.m, *points.shape[1:])
         directions = torch.randn(shape, generator=self.noise, device=self.device)
-        gradient, loss = zeroth_order_gradient(
-            lambda x: answered(self.teacher(self._pixels(x)), c.loss, c.logits),
-            lambda x: self.student_view(self._pixels(x)),
-            points,
-            directions,
-            epsilon=c.epsilon,
-            classes=self.teacher.num_classes,
-            loss=c.loss,
-            squash=c.squash,
-        )
+        with full_precision():
+            gradient, loss = zeroth_order_gradient(
+                lambda x: answered(self.teacher(self._pixels(x)), c.loss, c.logits),
+                lambda x: self.student_view(self._pixels(x)),
+                points,
+                directions,
+                epsilon=c.epsilon,
+                classes=self.teacher.num_classes,
+                loss=c.loss,
+                squash=c.squash,
+            )
         self.optimizer_g.zero_grad(set_to_none=True)
         inputs.backward(gradient)
         self.update_generator()
@@ -162,6 +163,20 @@ class DFME(GeneratorLoop):
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Inverse of `extra_state`."""
         self.teacher.queries = int(state["queries"])
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 (autocast is off already): a step of epsilon moves a pixel by 1e-5, which ten bits would round away."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def answered(teacher: Tensor, loss: str, logits: str) -> Tensor:
