@@ -5,12 +5,14 @@ that the whole run takes the budget of CPU seconds (one thread, measured on a sh
 headline is the co-trained student at its last epoch, over seeds. Beside it stand a fresh student trained from the
 first seed's bank, the number published for the method, and the two ends: a student of noise and students of the real
 training images, for the same CPU seconds. Then the data-free selection (`synthkit select`) chooses a stopping point
-of every run and a run, and is compared with the oracle. Everything is resumed when it exists.
+of every run and a run, and is compared with the oracle; the methods that it ranks first, without data, may run again
+with a larger budget (`--finalists`). Everything is resumed when it exists.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -54,7 +56,9 @@ METHODS = (
 )  # fmt: skip
 RECIPES = {"cudfkd": "mnist/cudfkd-lenet5_bn-budget"}  # the others are called mnist/METHOD-lenet5_bn
 ENDS = ("noise", "real", "real_labels")
+CHECKPOINTS = 6  # states of every run's student among which the stopping point is chosen
 PILOT = 0.06  # share of the budget that a pilot should take, so that its start does not matter
+PROBES = 2048  # images on which every student is judged without data
 TEMPERATURE = 4.0
 
 
@@ -69,6 +73,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of every run (60)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method (3)")
     parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
+    parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
+    parser.add_argument("--final-budget", type=float, default=300.0, help="CPU seconds of their runs (300)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
     parser.add_argument("--work", type=Path, required=True, help="folder for banks and runs (resumed when it exists)")
     parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
@@ -116,15 +122,12 @@ class Table:
 
     def __init__(self, name: str, pair: Pair, data: str, args: argparse.Namespace):
         self.name, self.pair, self.data, self.args = name, pair, data, args
-        self.work = args.work / name
+        self.work, self.budget = args.work / name, args.budget
         self.runtime = {"threads": 1, "device": "cpu"}
 
     def run(self, methods: list[str]) -> dict[str, Any]:
         """Make every run, then read the table from what they left."""
-        rows = []
-        for method in (m for m in methods if m not in ENDS):
-            rows.append(self.row(method))
-            print(f"{self.name} {method}: {percent(rows[-1]['top1'])}", file=sys.stderr, flush=True)
+        rows = self.rows([m for m in methods if m not in ENDS])
         ends = {}
         for end in (m for m in methods if m in ENDS):
             ends[end] = self.end(end)
@@ -139,7 +142,30 @@ class Table:
             "rows": rows,
             "ends": ends,
         }
-        return found if self.args.only_runs else found | {"selection": self.selection(rows)}
+        if self.args.only_runs:
+            return found
+        found["selection"] = self.selection(rows)
+        if self.args.finalists:
+            found["final"] = self.final(found["selection"], teacher)
+        return found
+
+    def rows(self, methods: list[str]) -> list[dict[str, Any]]:
+        """The rows of some methods."""
+        found = []
+        for method in methods:
+            found.append(self.row(method))
+            print(f"{self.name} {method}: {percent(found[-1]['top1'])}", file=sys.stderr, flush=True)
+        return found
+
+    def final(self, selection: dict[str, Any], teacher: float) -> dict[str, Any]:
+        """The methods that were ranked first without data, with the larger budget."""
+        longer = copy.copy(self)
+        longer.work, longer.budget = self.work / "final", self.args.final_budget
+        names = [entry["name"] for entry in selection["methods"][: self.args.finalists]]
+        rows = longer.rows(names)
+        for row in rows:
+            row["retention"] = row["top1"]["mean"] / teacher
+        return {"budget_cpu_seconds": longer.budget, "rows": rows, "selection": longer.selection(rows)}
 
     # ---- methods ---------------------------------------------------------------------------------------------
 
@@ -180,16 +206,16 @@ class Table:
 
     def stretched(self, method: str) -> SynthesizeConfig:
         """The recipe, its schedule as long as the budget allows; found once and kept in the work folder."""
-        folder = RunDir(self.work / "plans" / method)
+        folder = RunDir(self.args.work / self.name / "plans" / method)
         plan = folder.read_json("plan.json")
         recipe = self.config(method)
         if plan is None:
             plan = self._pilot(method, recipe)
             folder.create().write_json("plan.json", plan)
-        return scaled(recipe, plan["factor"], self.args.images)
+        return scaled(recipe, plan["factor_per_cpu_second"] * self.budget, self.args.images)
 
     def _pilot(self, method: str, recipe: SynthesizeConfig) -> dict[str, float]:
-        """Factor of the schedule with which the run takes the budget, from runs that are thrown away."""
+        """How much of the recipe's schedule a CPU second pays for, from runs that are thrown away."""
         goal, factor, seconds = PILOT * self.args.budget, smallest(recipe), 0.0
         for _ in range(4):
             out = self.work / "pilots" / f"{method}-{factor:.5f}"
@@ -199,7 +225,7 @@ class Table:
             if seconds > 0.6 * goal:
                 break
             factor *= min(8.0, 1.2 * goal / max(seconds, 1e-3))
-        return {"factor": factor * self.args.budget / seconds, "pilot_factor": factor, "pilot_cpu_seconds": seconds}
+        return {"factor_per_cpu_second": factor / seconds, "pilot_factor": factor, "pilot_cpu_seconds": seconds}
 
     def _made(self, config: SynthesizeConfig, out: Path, seed: int) -> dict[str, Any]:
         from synthkit.synthesis.engine import synthesize
@@ -211,7 +237,7 @@ class Table:
         """The bank of one run, with the states of its student."""
         out = self.work / f"{method}-seed{seed}"
         began = time.monotonic()
-        own = replace(config.method, checkpoints=10)
+        own = replace(config.method, checkpoints=CHECKPOINTS)
         if (RunDir(out).read_json("run.json") or {}).get("status") != "complete":
             self._made(replace(config, method=own), out, seed)
             print(f"{out.name}: {format_seconds(time.monotonic() - began)}", file=sys.stderr, flush=True)
@@ -231,7 +257,7 @@ class Table:
 
     def fresh_student(self, method: str, bank: Path) -> dict[str, Any]:
         """A student that never met the generator, from the stored images of the first seed alone."""
-        return self._trained(f"fresh-{method}", bank, 0, self.args.fresh * self.args.budget)
+        return self._trained(f"fresh-{method}", bank, 0, self.args.fresh * self.budget)
 
     def end(self, name: str) -> dict[str, Any]:
         """Noise, or the real training images (with the teacher's logits, or with labels alone)."""
@@ -243,7 +269,7 @@ class Table:
             values |= {"data": self.data, "images": _train_images(self.data)} if name == "real" else {"images": 10_000}
             bank = self.work / f"bank-{name}"
             self._made(parse_config("synthesize", values), bank, 0)
-            runs = [self._trained(f"{name}-seed{s}", bank, s, self.args.budget) for s in range(self.args.seeds)]
+            runs = [self._trained(f"{name}-seed{s}", bank, s, self.budget) for s in range(self.args.seeds)]
         return {
             "top1": spread([run["top1"] for run in runs]),
             "cpu_seconds": spread([run["cpu_seconds"] for run in runs]),
@@ -272,7 +298,7 @@ class Table:
                       "runtime": self.runtime}  # fmt: skip
             return teach(parse_config("teach", values)).metrics["top1"]
 
-        return self._for_seconds(f"real_labels-seed{seed}", self.args.budget, train)
+        return self._for_seconds(f"real_labels-seed{seed}", self.budget, train)
 
     def _for_seconds(self, name: str, seconds: float, train: Callable[[int, Path], float]) -> dict[str, Any]:
         """`train(steps, out)` with as many steps as take `seconds` on the CPU: measured on two short runs first."""
@@ -301,7 +327,7 @@ class Table:
 
         names = [row["method"] for row in rows]
         runs = [(m, s, self.work / f"{m}-seed{s}") for m in names for s in range(self.args.seeds)]
-        found = select(runs, "others", eval_data=self.data, device="cpu")
+        found = select(runs, "others", eval_data=self.data, device="cpu", total=PROBES)
         for row in rows:
             points = [c for c in found["candidates"] if c["name"] == row["method"]]
             best = [max(c["top1"] for c in points if c["seed"] == s) for s in range(self.args.seeds)]
