@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract import SynthesizerContract
+from contract import SynthesizerContract, frozen_copy
 
 from synthesis.tiny import task
+from synthkit.config.schema import RuntimeConfig
 from synthkit.errors import ConfigError
+from synthkit.runtime import Runtime
 from synthkit.synthesis.curriculum import Curriculum
 from synthkit.synthesis.generator.predfkd import PREDFKD, PREDFKDConfig, latent_loss, vae_loss
 
@@ -184,6 +186,16 @@ def test_the_estimate_leaves_the_memory_alone():
     before = method.memory.state_dict()["main.0.running_mean"].clone()
     method.estimate()
     assert torch.equal(method.memory.state_dict()["main.0.running_mean"], before)
+
+
+def test_half_precision_leaves_none_in_the_state():
+    """Losses and figures are float32 or wider: what the bank can store, and what can be summed over an epoch."""
+    runtime = Runtime.create(RuntimeConfig(device="cpu", precision="bf16"))
+    method = PREDFKD(PREDFKDConfig(**SMALL), task(runtime=runtime))
+    method.cycle()
+    method.cycle()
+    assert all(value.dtype == torch.float32 for value in method._sums.values())
+    frozen_copy(method.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,8 @@ def novel_terms(loop: GeneratorLoop, images: Tensor) -> dict[str, Tensor]:
     seen = loop.look(images, features=loop.config.act != 0)
     weight = loop.adversarial_weight(loop.epoch)
     student = widened(loop.student_view(images)) if weight != 0 else None
-    return replay_terms(loop.config, seen.logits, student, seen.features, weight)
+    features = None if seen.features is None else widened(seen.features)
+    return replay_terms(loop.config, seen.logits, student, features, weight)
 
 
 def replay_terms(
