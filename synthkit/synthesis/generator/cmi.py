@@ -144,8 +144,8 @@ class CMI(PoolLoop):
 
         def draw(images: Tensor) -> tuple[Tensor, Tensor]:
             size = (images.shape[2], images.shape[3])
-            local = draw_views(part, len(images), size, flip=True, smallest=LOCAL_AREA)
-            return augment(images, "crop_flip", whole), local(images)
+            local = draw_views(part, len(images), size, flip="flip" in self.config.views, smallest=LOCAL_AREA)
+            return augment(images, self.config.views, whole), local(images)
 
         return draw
 

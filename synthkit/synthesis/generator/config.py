@@ -146,6 +146,8 @@ class PoolConfig(StudentConfig):
     """Share of the synthesis calls that are made before the student starts, without adversary."""
     augment: str = "crop_flip"
     """Augmentation of the student's images (none, crop_flip, ...)."""
+    views: str = "crop_flip"
+    """Augmentation under which the networks see the images while they are made, where the method has one."""
     lr_g: float = 1e-3
     """Learning rate of the synthesis (Adam)."""
     betas_g: tuple[float, float] = (0.5, 0.999)
@@ -165,8 +167,9 @@ class PoolConfig(StudentConfig):
         positive(self, "lr_g")
         if not 0 <= self.warmup <= 1:
             raise ConfigError("method.warmup must be in [0, 1]", got=self.warmup)
-        if self.augment not in POLICIES:
-            raise ConfigError("method.augment: no such policy", got=self.augment, allowed=POLICIES)
+        for name in ("augment", "views"):
+            if getattr(self, name) not in POLICIES:
+                raise ConfigError(f"method.{name}: no such policy", got=getattr(self, name), allowed=POLICIES)
 
 
 def at_least_one(config: Any, *names: str) -> None:

@@ -127,7 +127,7 @@ class FastDFKD(PoolLoop):
         for _ in range(config.g_steps):
             with self.task.runtime.autocast():
                 images = fast(z)
-                terms, statistics = self.terms(augment(images, "crop_flip", views), labels, weight)
+                terms, statistics = self.terms(augment(images, config.views, views), labels, weight)
             loss = torch.stack(list(terms.values())).sum()
             best.offer(loss, images)
             optimizer.zero_grad(set_to_none=True)

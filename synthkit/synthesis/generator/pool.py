@@ -108,7 +108,8 @@ class PoolLoop(StudentLoop):
             if self.ready is not None:
                 yield self._hand_over()
             self._call()
-        yield self._hand_over()
+        if self.ready is not None:
+            yield self._hand_over()
 
     def _call(self) -> None:
         """One synthesis call: its images enter the memory."""
