@@ -25,9 +25,9 @@ SMALL = {
 class TestNAYER(SynthesizerContract):
     name = "nayer"
     options = {**SMALL, "student": "convnet_d1_w8_bn"}
-    engine_options = {**SMALL, "epochs": 2, "student": "lenet5_half", "bn": 0}
-    inner = {"synthesise": (2, 3, 1), "learn": (4, 2, 1)}
-    arrivals = (1, 2, 1)
+    engine_options = {**SMALL, "epochs": 2, "ep_steps": 2, "batch_size": 8, "student": "lenet5_half", "bn": 0}
+    inner = {"synthesise": (3, 2), "learn": (3, 1)}
+    arrivals = (2, 1)
     falling = ("g_loss", "kd")
     longer = {
         "epochs": 5, "ep_steps": 20, "batch_size": 32, "synthesis_batch": 6, "g_steps": 20, "warmup": 0.2, "adv": 0.0,

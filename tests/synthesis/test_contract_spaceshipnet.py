@@ -30,9 +30,9 @@ SMALL = {
 class TestSpaceshipNet(SynthesizerContract):
     name = "spaceshipnet"
     options = {**SMALL, "student": "convnet_d1_w8_bn"}
-    engine_options = {**SMALL, "epochs": 2, "student": "lenet5_half", "bn": 0}
-    inner = {"synthesise": (2, 3, 1), "learn": (4, 2, 1)}
-    arrivals = (1, 2, 1)
+    engine_options = {**SMALL, "epochs": 2, "ep_steps": 2, "batch_size": 8, "student": "lenet5_half", "bn": 0}
+    inner = {"synthesise": (3, 2), "learn": (3, 1)}
+    arrivals = (2, 1)
     falling = ("g_loss", "kd")
     longer = {
         "epochs": 4, "ep_steps": 20, "batch_size": 32, "synthesis_batch": 10, "g_steps": 30, "lr_g": 0.01, "cam": 0,
