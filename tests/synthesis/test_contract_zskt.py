@@ -102,6 +102,13 @@ def test_student_loss_is_an_element_mean_and_the_attention_term():
     assert gap > 0
 
 
+def test_the_generator_widens_the_gap():
+    method = build()
+    method.set_modes(generating=True)
+    gaps = [-float(method.generator_step()["adversarial"].detach()) for _ in range(30)]
+    assert gaps[0] > 0 and sum(gaps[-5:]) > sum(gaps[:5])
+
+
 # ---- stages ------------------------------------------------------------------------------------------------------
 
 
