@@ -65,6 +65,7 @@ def test_no_gradient_and_every_image_is_counted(monkeypatch, m, g_steps):
     stored = sum(len(batch.images) for batch in batches)
     assert method.teacher.queries == learning + stored == view.module.seen
     counts = [record["queries"] for record in records]
+    assert "adv_weight" not in records[0]
     assert counts == sorted(counts) and counts[0] >= learning / c.epochs
     assert batches[-1].meta["queries"] == learning + stored
     assert lines == [f"dfme sent {learning + stored} images to the teacher"]

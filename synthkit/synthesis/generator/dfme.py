@@ -154,7 +154,9 @@ class DFME(GeneratorLoop):
 
     def schedule_figures(self, epoch: int) -> dict[str, float]:
         """The queries so far, and the age where samples are weighed."""
-        return super().schedule_figures(epoch) | {"queries": self.teacher.queries}
+        figures = super().schedule_figures(epoch) | {"queries": self.teacher.queries}
+        del figures["adv_weight"]  # nothing to be weighed against
+        return figures
 
     def extra_state(self) -> dict[str, Any]:
         """The counter."""
