@@ -1,9 +1,10 @@
 """What a piece of work cannot avoid: every call of a network that it makes, recorded, then run again bare.
 
 While `recording` is open every outermost call of a module with weights is noted: a copy of its inputs, train or eval,
-with or without gradients, which of inputs and weights asked for them, and how often a gradient came back through its
-output. `Bare` makes exactly those forward and backward passes again on copies of the networks: no losses, no
-statistics, no optimiser, no sampling. Calls outside of modules (functional code) are not part of a floor.
+with or without gradients, and how often a gradient came back from its output all the way to its first weight or its
+input. `Bare` makes exactly those forward and backward passes again on copies of the networks: no losses, no
+statistics, no optimiser, no sampling. Calls outside of modules (functional code) and gradients that end in the middle
+of a network (Grad-CAM) are not part of a floor, so it is rather too low than too high.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,10 +35,25 @@ class Call:
     training: bool
     grad: bool
     """Whether autograd was on."""
-    trained: bool
-    """Whether a weight asked for its gradient."""
+    trained: bool = False
+    """Whether a gradient reached its weights."""
     backwards: list[int] = field(default_factory=lambda: [0])
-    """How often a gradient came back through each output (at least one entry)."""
+    """How often a gradient came back all the way from each output (at least one entry)."""
+    begun: set[int] = field(default_factory=set)
+    """Outputs that a gradient has reached, and that it has not yet left at the other end."""
+
+    latest: int = -1
+    """The backward pass (autograd's number) that last came all the way."""
+
+    def reached(self, weight: bool, _gradient: Tensor) -> None:
+        """A gradient is at the network's first weight or at an input."""
+        now = torch._C._current_graph_task_id()  # weight and input are left in one pass, in either order
+        if self.begun:
+            self.latest = now
+        self.trained = self.trained or (weight and self.latest == now)
+        for i in self.begun:
+            self.backwards[i] += 1
+        self.begun.clear()
 
 
 @contextlib.contextmanager
@@ -51,8 +68,13 @@ def recording() -> Iterator[list[Call]]:
             return
         if depth == 0:
             kept = [_kept(value) for value in inputs]
-            trained = any(p.requires_grad for p in network.parameters())
-            calls.append(Call(network, kept, {}, network.training, torch.is_grad_enabled(), trained))
+            call = Call(network, kept, {}, network.training, torch.is_grad_enabled())
+            calls.append(call)
+            if call.grad:
+                weights = [p for p in network.parameters() if p.requires_grad][:1]
+                given = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
+                handles.extend(w.register_hook(partial(call.reached, True)) for w in weights)
+                handles.extend(v.register_hook(partial(call.reached, False)) for v in given)
         depth += 1
 
     def after(network: nn.Module, _inputs: Any, options: dict[str, Any], output: Any) -> None:
@@ -66,9 +88,9 @@ def recording() -> Iterator[list[Call]]:
             outputs = _with_gradient(output)
             call.backwards = [0] * max(1, len(outputs))
             for i, tensor in enumerate(outputs):
-                tensor.register_hook(_counter(call.backwards, i))
+                tensor.register_hook(partial(_begin, call, i))
 
-    handles = [
+    handles: list[Any] = [
         hooks.register_module_forward_pre_hook(before),
         hooks.register_module_forward_hook(after, with_kwargs=True),
     ]
@@ -135,8 +157,5 @@ def _with_gradient(output: Any) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor) and v.requires_grad]
 
 
-def _counter(counts: list[int], place: int) -> Any:
-    def count(_gradient: Tensor) -> None:
-        counts[place] += 1
-
-    return count
+def _begin(call: Call, output: int, _gradient: Tensor) -> None:
+    call.begun.add(output)

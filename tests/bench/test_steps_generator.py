@@ -24,7 +24,7 @@ def of(method: str) -> argparse.Namespace:
 
 
 def recorded(method: str) -> dict[str, list]:
-    """What the calls of every piece of a method are: (network, train, grad, input needs it, weights do, backwards)."""
+    """The calls of every piece of a method: (network, train, grad, input needs it, weights get it, backwards)."""
     built = steps_generator._method(of(method), runtime())
     known = {built.teacher.module: "teacher", built.student_view.module: "student", built.generator: "generator"}
     found = {}
@@ -48,7 +48,7 @@ def test_the_calls_of_cudfkd():
         ("student", False, True, True, False, 1),
     ]
     assert found["kd_step"] == [
-        ("generator", False, False, False, True, 0),
+        ("generator", False, False, False, False, 0),
         ("teacher", False, False, False, False, 0),
         ("student", True, True, False, True, 1),
     ]
@@ -71,6 +71,7 @@ def test_recording_outermost_calls_and_gradients_that_came_back():
     with recording() as calls:
         out, hidden = network(x, scale=2.0)
         torch.autograd.grad(out.sum(), x, retain_graph=True)
+        assert calls[0].backwards == [1, 1] and not calls[0].trained  # to the input alone
         out.sum().backward()
         nn.CrossEntropyLoss()(out, torch.zeros(5, dtype=torch.int64))  # holds no weights
         with torch.no_grad():
@@ -80,6 +81,28 @@ def test_recording_outermost_calls_and_gradients_that_came_back():
     assert calls[1].backwards == [0] and not calls[1].grad
     network(x)
     assert len(calls) == 2, "closed is closed"
+
+
+def test_of_two_calls_only_the_trained_one_is():
+    """A gradient to the input alone, then one to weights and input at once, in the same network."""
+    network = Odd()
+    x, z = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
+    with recording() as calls:
+        torch.autograd.grad(network(x)[0].sum(), x)
+        network(z)[0].sum().backward()
+    assert [(c.trained, max(c.backwards)) for c in calls] == [(False, 1), (True, 1)]
+
+
+def test_a_gradient_that_ends_in_the_middle_is_not_counted():
+    """Grad-CAM asks for the gradient of a feature map: no pass through the layers before it."""
+    network, x = Odd(), torch.randn(5, 3)
+    with recording() as calls:
+        out, hidden = network(x)
+        torch.autograd.grad(out.sum(), hidden, retain_graph=True)
+        assert calls[0].backwards == [0, 0]
+        out.sum().backward()
+    assert calls[0].backwards == [1, 1]
+    assert not network.first.weight._backward_hooks
 
 
 def test_recording_is_closed_by_an_exception():
