@@ -24,12 +24,12 @@ SMALL: dict[str, Any] = {
 
 class TestPREDFKD(SynthesizerContract):
     name = "predfkd"
-    options = SMALL
-    engine_options = {**SMALL, "epochs": 2, "ep_steps": 3, "batch_size": 8, "student": "lenet5_half", "snapshots": 1}
+    options = {**SMALL, "epochs": 3, "ep_steps": 2, "batch_size": 8}
+    engine_options = {**SMALL, "epochs": 3, "ep_steps": 2, "batch_size": 8, "student": "lenet5_half", "snapshots": 1}
     inner = {"vae_step": (3,)}
-    arrivals = (9, 12)
+    arrivals = (9,)
     falling = ("g_loss", "kd")
-    longer = {"epochs": 4, "ep_steps": 16, "batch_size": 32, "lr": 0.05, "adv": 0.0}
+    longer = {"epochs": 4, "ep_steps": 12, "batch_size": 16, "lr": 0.05, "adv": 0.0}
 
 
 def build(*, curriculum: str = "none", **settings: Any) -> PREDFKD:
