@@ -52,7 +52,7 @@ class LRA(MBDFKD):
         differentiated as the paper means it, `released` is the released form. BatchNorm statistics of the student move
         with the forward on x and m alone, as released. Otherwise as MB-DFKD (see there).
     Cost: beside MB-DFKD's student step a forward/backward on x whose graph is kept, a forward on m, and a second
-        backward through both: about three times its time and twice its memory.
+        backward through both: about three times the passes of its student, two graphs of which are alive at once.
     """
 
     Config: ClassVar[type] = LRAConfig
