@@ -52,9 +52,8 @@ def adi_divergence(
     p, q = F.softmax(student / T, dim=1), F.softmax(teacher / T, dim=1)
     middle = 0.5 * (p + q)
     p, q, middle = (x.clamp(0.01, 0.99) for x in (p, q, middle))
-    reduction = "batchmean" if mean == "batch" else "mean"
-    halves = (F.kl_div(x.log(), middle, reduction=reduction) for x in (p, q))
-    return 0.5 * sum(halves)  # type: ignore[return-value]  # the sum of two tensors is a tensor
+    terms = 0.5 * sum(F.kl_div(x.log(), middle, reduction="none") for x in (p, q))
+    return terms.sum(1).mean() if mean == "batch" else terms.mean()  # type: ignore[union-attr]  # sum of two tensors
 
 
 def adversarial_js(

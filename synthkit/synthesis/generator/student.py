@@ -218,10 +218,10 @@ class StudentLoop:
         """One teacher forward that gradients flow back through, to the images alone."""
         if not self.use_bn:
             logits, feature = self.teacher.features(images) if features else (self.teacher(images), None)
-            return Look(widened(logits), feature, None)
+            return Look(widened(logits), _widened_or_none(feature), None)
         with self.teacher.bn_statistics() as statistics:
             logits, feature = self.teacher.features(images) if features else (self.teacher(images), None)
-        return Look(widened(logits), feature, statistics.loss(ema=ema))
+        return Look(widened(logits), _widened_or_none(feature), statistics.loss(ema=ema))
 
     @contextlib.contextmanager
     def module_draws(self, stream: str) -> Iterator[None]:
@@ -358,3 +358,7 @@ class StudentLoop:
     def student(self) -> ModelView | None:
         """The co-trained student (published use of these methods)."""
         return self.student_view
+
+
+def _widened_or_none(feature: Tensor | None) -> Tensor | None:
+    return None if feature is None else widened(feature)
