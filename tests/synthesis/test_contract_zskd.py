@@ -25,8 +25,8 @@ class TestZSKD(SynthesizerContract):
     longer = {"epochs": 6, "ep_steps": 20, "lr": 0.05}
 
 
-class TestCarriedZSKD(TestZSKD):
-    """The seed's form: pixels and Adam go on from class to class."""
+class Carried(TestZSKD):
+    """The seed's form: pixels and Adam go on from class to class. Two tests of the contract concern them."""
 
     options = {**SEED, "student": "convnet_d1_w8_bn"}
     engine_options = {**SEED, "student": "lenet5_half", "augment": "crop"}
@@ -37,6 +37,11 @@ class TestCarriedZSKD(TestZSKD):
 
 def build(**settings) -> ZSKD:
     return ZSKD(ZSKDConfig(**{**SMALL, "student": "convnet_d1_w8_bn", **settings}), task(images=40))
+
+
+def test_the_carried_form_keeps_the_contract_of_resuming(tmp_path, monkeypatch):
+    Carried().test_resume_at_any_yield()
+    Carried().test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch)
 
 
 def test_every_batch_holds_every_class_at_every_scale():

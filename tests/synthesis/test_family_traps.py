@@ -181,7 +181,7 @@ def test_nothing_stays_attached_after_a_run(name):
 @pytest.mark.parametrize("whose", ["teacher", "student"])
 def test_nothing_stays_attached_after_an_exception(name, whose):
     """The network fails in the middle of its n-th forward, wherever in the run that is."""
-    for nth in (1, 2, 4, 7):
+    for nth in (1, 5):
         method = build(name, images=12)
         view = method.task.teacher if whose == "teacher" else method.student_view
         before, left = attached(method), [nth]
