@@ -55,8 +55,6 @@ class NAYERConfig(PoolConfig):
     """Weight of the decision-masked adversary after the warm-up; its start under a curriculum with a ramp."""
     adv_T: float = 1.0
     """Temperature of the adversary."""
-    views: str = "crop_flip"
-    """Augmentation under which teacher and student see the images while they are made (Tiny-ImageNet: crop)."""
     embeddings: str | None = None
     """File of one vector per class, (K, E), from any text encoder (.npy, .npz, .safetensors, .pt); none: the label-only
     form, unless `text_encoder` is given."""
@@ -66,15 +64,11 @@ class NAYERConfig(PoolConfig):
     """Width of the label-only vectors (at least the number of classes)."""
 
     def __post_init__(self) -> None:
-        from synthkit.data.policies import POLICIES
-
         super().__post_init__()
         at_least_one(self, "warmup_epochs", "g_life", "embedding_width")
         not_negative(self, "bn_mmt")
         if not self.bn_mmt < 1:
             raise ConfigError("method.bn_mmt must be below 1", got=self.bn_mmt)
-        if self.views not in POLICIES:
-            raise ConfigError("method.views: no such policy", got=self.views, allowed=POLICIES)
         if self.embeddings and self.text_encoder:
             raise ConfigError("method.embeddings and method.text_encoder exclude each other", hint="leave one out")
         if self.generator != "small":

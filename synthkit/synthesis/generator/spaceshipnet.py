@@ -48,19 +48,13 @@ class SpaceshipNetConfig(PoolConfig):
     feature_memory: int = 4096
     """Images whose generator features are remembered, the newest ones (half precision, in CPU memory and in every
     stored state: 208 KiB an image at 32 px and width 64; published: all)."""
-    views: str = "crop_flip"
-    """Augmentation under which the teacher sees the images while they are made."""
 
     def __post_init__(self) -> None:
-        from synthkit.data.policies import POLICIES
-
         super().__post_init__()
         at_least_one(self, "feature_memory")
         not_negative(self, "cam", "gradcam")
         if not 0 <= self.mix <= 1:
             raise ConfigError("method.mix must be a probability", got=self.mix)
-        if self.views not in POLICIES:
-            raise ConfigError("method.views: no such policy", got=self.views, allowed=POLICIES)
 
 
 class SpaceshipNet(PoolLoop):
