@@ -2,9 +2,9 @@
 
 While `recording` is open every outermost call of a module with weights is noted: a copy of its inputs, train or eval,
 with or without gradients, and how often a gradient came back from its output all the way to its first weight or its
-input. `Bare` makes exactly those forward and backward passes again on copies of the networks: no losses, no
-statistics, no optimiser, no sampling. Calls outside of modules (functional code) and gradients that end in the middle
-of a network (Grad-CAM) are not part of a floor, so it is rather too low than too high.
+input; a gradient that ends in the middle (Grad-CAM) is noted with the layer that it came to. `Bare` makes exactly those
+forward and backward passes again on copies of the networks: no losses, no statistics, no optimiser, no sampling. Calls
+outside of modules (functional code) are not part of a floor.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Call:
     training: bool
     grad: bool
     """Whether autograd was on."""
+    asked: bool
+    """Whether a weight asked for its gradient."""
     trained: bool = False
     """Whether a gradient reached its weights."""
     backwards: list[int] = field(default_factory=lambda: [0])
@@ -42,15 +44,29 @@ class Call:
     begun: set[int] = field(default_factory=set)
     """Outputs that a gradient has reached, and that it has not yet left at the other end."""
 
-    latest: int = -1
-    """The backward pass (autograd's number) that last came all the way."""
+    whole: set[int] = field(default_factory=set)
+    """Backward passes (autograd's numbers) that came all the way."""
+    layers: int = 0
+    """Layers with weights, and blocks of them, that have run so far."""
+    touched: dict[int, int] = field(default_factory=dict)
+    """Backward pass -> the earliest of these to whose output it came."""
+
+    @property
+    def cuts(self) -> list[int]:
+        """Where the passes ended that did not come all the way."""
+        return [layer for number, layer in self.touched.items() if number not in self.whole]
+
+    def touch(self, layer: int, _gradient: Tensor) -> None:
+        """A gradient is at the output of an inner layer."""
+        now = torch._C._current_graph_task_id()
+        self.touched[now] = min(layer, self.touched.get(now, layer))
 
     def reached(self, weight: bool, _gradient: Tensor) -> None:
         """A gradient is at the network's first weight or at an input."""
         now = torch._C._current_graph_task_id()  # weight and input are left in one pass, in either order
         if self.begun:
-            self.latest = now
-        self.trained = self.trained or (weight and self.latest == now)
+            self.whole.add(now)
+        self.trained = self.trained or (weight and now in self.whole)
         for i in self.begun:
             self.backwards[i] += 1
         self.begun.clear()
@@ -68,10 +84,10 @@ def recording() -> Iterator[list[Call]]:
             return
         if depth == 0:
             kept = [_kept(value) for value in inputs]
-            call = Call(network, kept, {}, network.training, torch.is_grad_enabled())
+            weights = [p for p in network.parameters() if p.requires_grad][:1]
+            call = Call(network, kept, {}, network.training, torch.is_grad_enabled(), bool(weights))
             calls.append(call)
             if call.grad:
-                weights = [p for p in network.parameters() if p.requires_grad][:1]
                 given = [v for v in inputs if isinstance(v, Tensor) and v.requires_grad]
                 handles.extend(w.register_hook(partial(call.reached, True)) for w in weights)
                 handles.extend(v.register_hook(partial(call.reached, False)) for v in given)
@@ -82,8 +98,12 @@ def recording() -> Iterator[list[Call]]:
         if not _weighs(network):
             return
         depth -= 1
-        if depth == 0:
-            call = calls[-1]
+        call = calls[-1]
+        if depth > 0:
+            for tensor in _with_gradient(output):
+                tensor.register_hook(partial(call.touch, call.layers))
+            call.layers += 1
+        else:
             call.options = {name: _kept(value) for name, value in options.items()}
             outputs = _with_gradient(output)
             call.backwards = [0] * max(1, len(outputs))
@@ -113,6 +133,11 @@ class Bare:
                 network = copy.deepcopy(call.network)
                 network.zero_grad(set_to_none=True)
                 self.copies[call.network] = network.to(memory_format=layout)  # type: ignore[call-overload]  # stub lacks it
+        self.outputs: list[Any] = []  # of the inner layers of the latest call, where they are needed
+        for network in {self.copies[call.network] for call in calls if call.cuts}:
+            for layer in network.modules():
+                if layer is not network and _weighs(layer):
+                    layer.register_forward_hook(lambda _layer, _inputs, output: self.outputs.append(output))
         self.inputs = [[_laid_out(value, layout) for value in call.inputs] for call in calls]
 
     def __call__(self) -> None:
@@ -121,9 +146,14 @@ class Bare:
             network = self.copies[call.network]
             if network.training != call.training:
                 network.train(call.training)
-            network.requires_grad_(call.trained)
+            network.requires_grad_(call.trained or (call.asked and bool(call.cuts)))
+            self.outputs.clear()
             with torch.set_grad_enabled(call.grad), self.runtime.autocast():
                 output = network(*inputs, **call.options)
+            for layer in call.cuts:
+                ends = _with_gradient(output)
+                found = _with_gradient(self.outputs[layer])
+                torch.autograd.grad(ends, found, [torch.ones_like(t) for t in ends], retain_graph=True)
             times = max(call.backwards)
             if not times:
                 continue
@@ -134,6 +164,7 @@ class Bare:
                 torch.autograd.grad(
                     used, leaves, [torch.ones_like(t) for t in used], retain_graph=left > 0, allow_unused=True
                 )
+        self.outputs.clear()
 
 
 def _weighs(network: nn.Module) -> bool:

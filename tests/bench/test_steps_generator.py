@@ -101,8 +101,11 @@ def test_a_gradient_that_ends_in_the_middle_is_not_counted():
         torch.autograd.grad(out.sum(), hidden, retain_graph=True)
         assert calls[0].backwards == [0, 0]
         out.sum().backward()
-    assert calls[0].backwards == [1, 1]
+    assert calls[0].backwards == [1, 1] and calls[0].cuts == [0]  # it came to the output of the first layer
     assert not network.first.weight._backward_hooks
+    with recording() as again:
+        Bare(calls, runtime(), channels_last=False)()
+    assert again[0].cuts == [0] and again[0].backwards == [1, 1]
 
 
 def test_recording_is_closed_by_an_exception():
