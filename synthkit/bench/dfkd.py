@@ -40,14 +40,16 @@ class Pair:
     dataset: str
     protocol: str
     """Preset of the students that are trained from a bank (fresh ones, both ends)."""
+    budget: float
+    """CPU seconds of every run."""
     batchnorm: bool = True
     """Whether the teacher has BatchNorm."""
 
 
 PAIRS = {
-    "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist"),
-    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", batchnorm=False),
-    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast"),
+    "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
+    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 30.0, batchnorm=False),
+    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast", 60.0),
 }
 
 METHODS = (
@@ -70,11 +72,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mnist", default=None, help="data spec of MNIST; test split judges, train split is an end")
     parser.add_argument("--cifar10", default=None, help="data spec of CIFAR-10, the same")
     parser.add_argument("--teacher", default=None, help="model spec instead of the pair's teacher (one pair)")
-    parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of every run (60)")
+    parser.add_argument("--budget", type=float, default=None, help="CPU seconds of every run (none: those of the pair)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method (3)")
     parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
-    parser.add_argument("--final-budget", type=float, default=300.0, help="CPU seconds of their runs (300)")
+    parser.add_argument("--final-budget", type=float, default=240.0, help="CPU seconds of their runs (240)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
     parser.add_argument("--work", type=Path, required=True, help="folder for banks and runs (resumed when it exists)")
     parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
@@ -90,9 +92,9 @@ def main(argv: list[str]) -> int:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All tables."""
     pairs, methods = _names("pairs", args.pairs, PAIRS), _names("methods", args.methods, (*METHODS, *ENDS))
-    for name in ("budget", "seeds", "images"):
-        if not getattr(args, name) > 0:
-            raise ConfigError(f"bench dfkd: --{name} must be positive", got=getattr(args, name))
+    for name in ("budget", "seeds", "images", "final_budget"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise ConfigError(f"bench dfkd: --{name.replace('_', '-')} must be positive", got=getattr(args, name))
     tables = {}
     for name in pairs:
         data = getattr(args, PAIRS[name].dataset)
@@ -102,7 +104,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         tables[name] = Table(name, pair, data, args).run(methods)
     return {
         "what": "data-free methods for the same CPU seconds: co-trained student, last epoch; controls; published",
-        "budget_cpu_seconds": args.budget,
         "pairs": tables,
         "versions": versions(),
         "hardware": hardware(),
@@ -122,7 +123,7 @@ class Table:
 
     def __init__(self, name: str, pair: Pair, data: str, args: argparse.Namespace):
         self.name, self.pair, self.data, self.args = name, pair, data, args
-        self.work, self.budget = args.work / name, args.budget
+        self.work, self.budget = args.work / name, args.budget or pair.budget
         self.runtime = {"threads": 1, "device": "cpu"}
 
     def run(self, methods: list[str]) -> dict[str, Any]:
@@ -139,6 +140,7 @@ class Table:
             "teacher": {"spec": self.pair.teacher, "top1": teacher},
             "student": self.pair.student,
             "data": self.data,
+            "budget_cpu_seconds": self.budget,
             "rows": rows,
             "ends": ends,
         }
@@ -216,7 +218,7 @@ class Table:
 
     def _pilot(self, method: str, recipe: SynthesizeConfig) -> dict[str, float]:
         """How much of the recipe's schedule a CPU second pays for, from runs that are thrown away."""
-        goal, factor, seconds = PILOT * self.args.budget, smallest(recipe), 0.0
+        goal, factor, seconds = PILOT * self.budget, smallest(recipe), 0.0
         for _ in range(4):
             out = self.work / "pilots" / f"{method}-{factor:.5f}"
             shutil.rmtree(out, ignore_errors=True)

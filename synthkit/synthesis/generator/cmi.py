@@ -103,7 +103,7 @@ class CMI(PoolLoop):
             width = means().shape[1]
         head = seeded_init(lambda: contrast_head(width, config.head_dim), task.seed_of("head-init"))
         self.head = head.to(self.device)
-        self.optimizer_head = torch.optim.Adam(self.head.parameters(), lr=config.lr_g)
+        self.optimizer_head = torch.optim.Adam(self.head.parameters(), lr=config.lr_g, fused=self.fused)
         self.bank = FeatureBank(config.bank_size, 2 * width)
 
     def synthesise(self, call: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,9 @@ class CMI(PoolLoop):
         generator = new_generator(self, f"call-{call}-generator", normal=True)
         z, labels = latents(self, call, generator.latent_shape), targets(self, call).sort().values
         views, rows = self.views(call), self.task.rng(f"call-{call}-negatives", "cpu")
-        optimizer = torch.optim.Adam([*generator.parameters(), z], lr=config.lr_g, betas=config.betas_g)
+        optimizer = torch.optim.Adam(
+            [*generator.parameters(), z], lr=config.lr_g, betas=config.betas_g, fused=self.fused
+        )
         weight, best = self.adversarial_weight(self.epoch), Best()
         for _ in range(config.g_steps):
             with self.task.runtime.autocast():

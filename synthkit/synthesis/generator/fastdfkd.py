@@ -98,7 +98,7 @@ class FastDFKD(PoolLoop):
         super().__init__(config, task)
         self.generator = new_generator(self, "generator-init")
         self.optimizer_meta = torch.optim.Adam(
-            self.generator.parameters(), lr=config.lr_g * config.g_steps, betas=config.betas_g
+            self.generator.parameters(), lr=config.lr_g * config.g_steps, betas=config.betas_g, fused=self.fused
         )
         self.ema = StatisticsEMA(config.bn_momentum)
 
@@ -121,6 +121,7 @@ class FastDFKD(PoolLoop):
             [{"params": list(fast.parameters())}, {"params": [z], "lr": config.lr_z}],
             lr=config.lr_g,
             betas=config.betas_g,
+            fused=self.fused,
         )
         sums = [torch.zeros_like(p) for p in fast.parameters()]
         weight, best, statistics = self.adversarial_weight(self.epoch), Best(), None

@@ -70,7 +70,9 @@ class GeneratorLoop(StudentLoop):
         self.generator = generator.to(self.device)
         if task.runtime.channels_last:
             self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks the keyword
-        self.optimizer_g = torch.optim.Adam(self.generator.parameters(), lr=config.lr_g, betas=tuple(config.betas_g))
+        self.optimizer_g = torch.optim.Adam(
+            self.generator.parameters(), lr=config.lr_g, betas=tuple(config.betas_g), fused=self.fused
+        )
         self.noise = task.rng("noise")
         self.bank_noise = task.rng("bank-noise")
 

@@ -165,8 +165,7 @@ class NAYER(PoolLoop):
             self.generator = self._new_generator(f"call-{call}-generator")
         self.generator.redraw(self.task.rng(f"call-{call}-noise"))
         targets, draw = self.targets(call), self.task.rng(f"call-{call}-views")
-        fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(self.generator.parameters(), lr=c.lr_g, betas=c.betas_g, fused=fused)
+        optimizer = torch.optim.Adam(self.generator.parameters(), lr=c.lr_g, betas=c.betas_g, fused=self.fused)
         weight, best, batch = self.adversarial_weight(self.epoch), Best(), []
         for _ in range(c.g_steps):
             with self.task.runtime.autocast():

@@ -116,8 +116,7 @@ class SpaceshipNet(PoolLoop):
         shape = (c.synthesis_batch, *generator.latent_shape)
         z = torch.randn(shape, generator=self.task.rng(f"call-{call}-latents"), device=self.device)
         labels, draw = targets(self, call), self.task.rng(f"call-{call}-views")
-        fused = self.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(generator.parameters(), lr=c.lr_g, betas=c.betas_g, fused=fused)
+        optimizer = torch.optim.Adam(generator.parameters(), lr=c.lr_g, betas=c.betas_g, fused=self.fused)
         weight, best = self.adversarial_weight(self.epoch), Best()
         for _ in range(c.g_steps):
             with runtime.autocast():
