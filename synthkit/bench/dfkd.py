@@ -219,14 +219,15 @@ class Table:
     def _pilot(self, method: str, recipe: SynthesizeConfig) -> dict[str, float]:
         """How much of the recipe's schedule a CPU second pays for, from runs that are thrown away."""
         goal, factor, seconds = PILOT * self.budget, smallest(recipe), 0.0
-        for _ in range(4):
-            out = self.work / "pilots" / f"{method}-{factor:.5f}"
+        for attempt in range(5):
+            out = self.work / "pilots" / f"{method}-{attempt}"
             shutil.rmtree(out, ignore_errors=True)
             seconds = self._made(scaled(recipe, factor, self.args.images), out, 0)["cpu_seconds"]
             shutil.rmtree(out, ignore_errors=True)
-            if seconds > 0.6 * goal:
+            if attempt and seconds > 0.6 * goal:
                 break
-            factor *= min(8.0, 1.2 * goal / max(seconds, 1e-3))
+            if attempt:  # the first one also pays for what is loaded once
+                factor *= min(8.0, 1.2 * goal / max(seconds, 1e-3))
         return {"factor_per_cpu_second": factor / seconds, "pilot_factor": factor, "pilot_cpu_seconds": seconds}
 
     def _made(self, config: SynthesizeConfig, out: Path, seed: int) -> dict[str, Any]:
