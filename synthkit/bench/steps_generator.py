@@ -123,8 +123,9 @@ def _method(args: argparse.Namespace, runtime: Runtime) -> Any:
     values: dict[str, Any] = {"student": args.student, "batch_size": args.batch}
     if hasattr(method, "synthesise"):
         values |= {"synthesis_batch": args.batch, "g_steps": args.iterations, "warmup": 0.0}
-    elif defaults.kd_steps > args.kd_steps:
-        values["kd_steps"] = args.kd_steps
+    else:
+        cycle = min(defaults.kd_steps, args.kd_steps)
+        values |= {"kd_steps": cycle, "ep_steps": cycle}  # memories that fill at the end of an epoch are filled
     if curriculum.ramp:
         values |= {"adv": defaults.adv or ADVERSARY, "grad_adv": 0.0}
     task = Task(teachers=[teacher], images=4 * args.batch, curriculum=curriculum, seed=0, runtime=runtime)
