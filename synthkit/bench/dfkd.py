@@ -44,12 +44,16 @@ class Pair:
     """CPU seconds of every run."""
     batchnorm: bool = True
     """Whether the teacher has BatchNorm."""
+    checkpoints: int = 6
+    """States of every run's student among which the stopping point is chosen."""
+    probes: int = 2048
+    """Images on which every state is judged without data."""
 
 
 PAIRS = {
     "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
-    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 30.0, batchnorm=False),
-    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast", 60.0),
+    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 15.0, batchnorm=False),
+    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast", 15.0, checkpoints=3, probes=512),
 }
 
 METHODS = (
@@ -58,9 +62,7 @@ METHODS = (
 )  # fmt: skip
 RECIPES = {"cudfkd": "mnist/cudfkd-lenet5_bn-budget"}  # the others are called mnist/METHOD-lenet5_bn
 ENDS = ("noise", "real", "real_labels")
-CHECKPOINTS = 6  # states of every run's student among which the stopping point is chosen
 PILOT = 0.06  # share of the budget that a pilot should take, so that its start does not matter
-PROBES = 2048  # images on which every student is judged without data
 TEMPERATURE = 4.0
 
 
@@ -76,7 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of every method (3)")
     parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
-    parser.add_argument("--final-budget", type=float, default=240.0, help="CPU seconds of their runs (240)")
+    parser.add_argument("--final-budget", type=float, default=200.0, help="CPU seconds of their runs (200)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
     parser.add_argument("--work", type=Path, required=True, help="folder for banks and runs (resumed when it exists)")
     parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
@@ -240,7 +242,7 @@ class Table:
         """The bank of one run, with the states of its student."""
         out = self.work / f"{method}-seed{seed}"
         began = time.monotonic()
-        own = replace(config.method, checkpoints=CHECKPOINTS)
+        own = replace(config.method, checkpoints=self.pair.checkpoints)
         if (RunDir(out).read_json("run.json") or {}).get("status") != "complete":
             self._made(replace(config, method=own), out, seed)
             print(f"{out.name}: {format_seconds(time.monotonic() - began)}", file=sys.stderr, flush=True)
@@ -330,7 +332,7 @@ class Table:
 
         names = [row["method"] for row in rows]
         runs = [(m, s, self.work / f"{m}-seed{s}") for m in names for s in range(self.args.seeds)]
-        found = select(runs, "others", eval_data=self.data, device="cpu", total=PROBES)
+        found = select(runs, "others", eval_data=self.data, device="cpu", total=self.pair.probes)
         for row in rows:
             points = [c for c in found["candidates"] if c["name"] == row["method"]]
             best = [max(c["top1"] for c in points if c["seed"] == s) for s in range(self.args.seeds)]
