@@ -18,10 +18,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from synthkit.bench.dfkd_plan import ENDS, METHODS, PAIRS, RECIPES, Pair, scaled, smallest
 from synthkit.bench.pipeline import co_trained, spread
 from synthkit.bench.published import PUBLISHED, Published
 from synthkit.cli.arguments import Arguments
@@ -30,38 +31,6 @@ from synthkit.config.schema import SynthesizeConfig
 from synthkit.errors import ConfigError
 from synthkit.runtime import RunDir, format_seconds, hardware, versions, write_json
 
-
-@dataclass(frozen=True)
-class Pair:
-    """One teacher and one student."""
-
-    teacher: str
-    student: str
-    dataset: str
-    protocol: str
-    """Preset of the students that are trained from a bank (fresh ones, both ends)."""
-    budget: float
-    """CPU seconds of every run."""
-    batchnorm: bool = True
-    """Whether the teacher has BatchNorm."""
-    checkpoints: int = 6
-    """States of every run's student among which the stopping point is chosen."""
-    probes: int = 2048
-    """Images on which every state is judged without data."""
-
-
-PAIRS = {
-    "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
-    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 15.0, batchnorm=False),
-    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast", 15.0, checkpoints=3, probes=512),
-}
-
-METHODS = (
-    "cudfkd", "dafl", "dafl+easy2hard", "zskt", "dfad", "dfq", "dfq+easy2hard", "predfkd", "mbdfkd", "lra", "adadfkd",
-    "tadfkd", "dfme", "adi", "cmi", "fastdfkd", "nayer", "spaceshipnet", "zskd", "softtarget",
-)  # fmt: skip
-RECIPES = {"cudfkd": "mnist/cudfkd-lenet5_bn-budget"}  # the others are called mnist/METHOD-lenet5_bn
-ENDS = ("noise", "real", "real_labels")
 PILOT = 0.06  # share of the budget that a pilot should take, so that its start does not matter
 TEMPERATURE = 4.0
 
@@ -75,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cifar10", default=None, help="data spec of CIFAR-10, the same")
     parser.add_argument("--teacher", default=None, help="model spec instead of the pair's teacher (one pair)")
     parser.add_argument("--budget", type=float, default=None, help="CPU seconds of every run (none: those of the pair)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every method (3)")
+    parser.add_argument("--seeds", type=int, default=None, help="runs of every method (none: those of the pair)")
     parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
     parser.add_argument("--final-budget", type=float, default=200.0, help="CPU seconds of their runs (200)")
@@ -123,9 +92,13 @@ def _names(what: str, text: str, known: Any) -> list[str]:
 class Table:
     """The table of one pair."""
 
+    pilots = 0
+    """0 until a first pilot is thrown away, which also pays for what a process loads once."""
+
     def __init__(self, name: str, pair: Pair, data: str, args: argparse.Namespace):
         self.name, self.pair, self.data, self.args = name, pair, data, args
         self.work, self.budget = args.work / name, args.budget or pair.budget
+        self.seeds = range(args.seeds or pair.seeds)
         self.runtime = {"threads": 1, "device": "cpu"}
 
     def run(self, methods: list[str]) -> dict[str, Any]:
@@ -178,7 +151,7 @@ class Table:
         from synthkit.bank import Bank
 
         config = self.stretched(method)
-        banks = [self.bank(method, seed, config) for seed in range(self.args.seeds)]
+        banks = [self.bank(method, seed, config) for seed in self.seeds]
         records = [RunDir(bank).read_json("run.json") or {} for bank in banks]
         top1 = [co_trained(bank, self.data) for bank in banks]
         plan = config_to_dict(config.method)
@@ -206,6 +179,10 @@ class Table:
         changed = replace(found.method, student=self.pair.student)
         if not self.pair.batchnorm and hasattr(changed, "bn"):
             changed = replace(changed, bn=0.0)
+        if self.pair.ep_steps and hasattr(changed, "ep_steps"):
+            epochs = max(2, changed.epochs * changed.ep_steps // self.pair.ep_steps)
+            growth = changed.grad_adv * changed.epochs / epochs
+            changed = replace(changed, epochs=epochs, ep_steps=self.pair.ep_steps, grad_adv=growth)
         return replace(found, method=changed)
 
     def stretched(self, method: str) -> SynthesizeConfig:
@@ -221,15 +198,16 @@ class Table:
     def _pilot(self, method: str, recipe: SynthesizeConfig) -> dict[str, float]:
         """How much of the recipe's schedule a CPU second pays for, from runs that are thrown away."""
         goal, factor, seconds = PILOT * self.budget, smallest(recipe), 0.0
-        for attempt in range(5):
+        for attempt in range(Table.pilots, 5):
             out = self.work / "pilots" / f"{method}-{attempt}"
             shutil.rmtree(out, ignore_errors=True)
             seconds = self._made(scaled(recipe, factor, self.args.images), out, 0)["cpu_seconds"]
             shutil.rmtree(out, ignore_errors=True)
             if attempt and seconds > 0.6 * goal:
                 break
-            if attempt:  # the first one also pays for what is loaded once
+            if attempt:
                 factor *= min(8.0, 1.2 * goal / max(seconds, 1e-3))
+            Table.pilots = 1
         return {"factor_per_cpu_second": factor / seconds, "pilot_factor": factor, "pilot_cpu_seconds": seconds}
 
     def _made(self, config: SynthesizeConfig, out: Path, seed: int) -> dict[str, Any]:
@@ -267,14 +245,14 @@ class Table:
     def end(self, name: str) -> dict[str, Any]:
         """Noise, or the real training images (with the teacher's logits, or with labels alone)."""
         if name == "real_labels":
-            runs = [self._taught(seed) for seed in range(self.args.seeds)]
+            runs = [self._taught(seed) for seed in self.seeds]
         else:
             source = {"noise": "noise", "real": "random_real"}[name]
             values = {"method": source, "teacher": self.pair.teacher, "runtime": self.runtime}
             values |= {"data": self.data, "images": _train_images(self.data)} if name == "real" else {"images": 10_000}
             bank = self.work / f"bank-{name}"
             self._made(parse_config("synthesize", values), bank, 0)
-            runs = [self._trained(f"{name}-seed{s}", bank, s, self.budget) for s in range(self.args.seeds)]
+            runs = [self._trained(f"{name}-seed{s}", bank, s, self.budget) for s in self.seeds]
         return {
             "top1": spread([run["top1"] for run in runs]),
             "cpu_seconds": spread([run["cpu_seconds"] for run in runs]),
@@ -331,45 +309,13 @@ class Table:
         from synthkit.evaluation.selection import select
 
         names = [row["method"] for row in rows]
-        runs = [(m, s, self.work / f"{m}-seed{s}") for m in names for s in range(self.args.seeds)]
+        runs = [(m, s, self.work / f"{m}-seed{s}") for m in names for s in self.seeds]
         found = select(runs, "others", eval_data=self.data, device="cpu", total=self.pair.probes)
         for row in rows:
             points = [c for c in found["candidates"] if c["name"] == row["method"]]
-            best = [max(c["top1"] for c in points if c["seed"] == s) for s in range(self.args.seeds)]
+            best = [max(c["top1"] for c in points if c["seed"] == s) for s in self.seeds]
             row["best_top1"] = spread(best)
         return found
-
-
-def scaled(config: SynthesizeConfig, factor: float, images: int) -> SynthesizeConfig:
-    """The config with a schedule `factor` times as long, and a curriculum that ends where it would have ended.
-
-    Methods with a memory bank make `factor` times the images as well; `adi`, whose student learns between its rounds,
-    has no other schedule than its images.
-    """
-    method = config.method
-    pool = hasattr(method, "synthesis_batch")
-    if pool or not hasattr(method, "epochs"):
-        batch = method.synthesis_batch if pool else method.batch_size
-        images = max(batch, round((config.images or 0) * factor))
-    if hasattr(method, "epochs"):
-        epochs = max(2, round(method.epochs * factor))
-        stretch = method.epochs / epochs
-        method = replace(
-            method, epochs=epochs, grad_adv=method.grad_adv * stretch, alpha=method.alpha * stretch, checkpoints=0
-        )
-        if hasattr(method, "snapshots"):
-            method = replace(method, snapshots=0)
-    return replace(config, method=method, images=images, images_per_shard=max(1, -(-images // 4)))
-
-
-def smallest(config: SynthesizeConfig) -> float:
-    """The smallest factor of `scaled` that still scales."""
-    method = config.method
-    if hasattr(method, "synthesis_batch"):
-        return max(2 / method.epochs, method.synthesis_batch / (config.images or 1))
-    if hasattr(method, "epochs"):
-        return 2 / method.epochs
-    return (method.plain + 2) * method.batch_size / (config.images or 1)
 
 
 def published(pair: str, method: str) -> list[Published]:
