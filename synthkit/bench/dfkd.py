@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=None, help="runs of every method (none: those of the pair)")
     parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
-    parser.add_argument("--final-budget", type=float, default=200.0, help="CPU seconds of their runs (200)")
+    parser.add_argument("--final-budget", type=float, default=150.0, help="CPU seconds of their runs (150)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
     parser.add_argument("--work", type=Path, required=True, help="folder for banks and runs (resumed when it exists)")
     parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
