@@ -34,7 +34,7 @@ PAIRS = {
     "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
     "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 20.0, batchnorm=False),
     "cifar10": Pair(
-        "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 60.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
+        "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 40.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
     ),
 }
 
