@@ -342,6 +342,10 @@ def _last_record(bank: Path) -> dict[str, Any]:
 
 
 def _train_images(data: str) -> int:
+    """As many real images as there are with equally many of every class, which is what a bank of them holds."""
+    import numpy as np
+
     from synthkit.data.specs import load_data
 
-    return len(load_data(data, "train"))
+    found = load_data(data, "train")
+    return int(np.bincount(np.asarray(found.labels), minlength=found.num_classes).min()) * found.num_classes
