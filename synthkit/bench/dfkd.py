@@ -177,6 +177,7 @@ class Table:
             own["curriculum"] = curriculum
         found = load_recipe(RECIPES.get(name, f"mnist/{name}-lenet5_bn"), own)
         changed = replace(found.method, student=self.pair.student)
+        changed = replace(changed, **{k: v for k, v in self.pair.rates.items() if hasattr(changed, k)})
         if not self.pair.batchnorm and hasattr(changed, "bn"):
             changed = replace(changed, bn=0.0)
         if self.pair.ep_steps and hasattr(changed, "ep_steps"):

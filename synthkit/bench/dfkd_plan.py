@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from synthkit.config.schema import SynthesizeConfig
 
@@ -26,13 +27,23 @@ class Pair:
     """Images on which every state is judged without data."""
     seeds: int = 3
     """Runs of every method."""
+    rates: dict[str, Any] = field(default_factory=dict)
+    """Fields of the student's optimiser instead of the recipes', whose rates are for students with BatchNorm."""
     ep_steps: int | None = None
     """Student steps per epoch instead of the recipe's, where these would not fit the budget."""
 
 
 PAIRS = {
     "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
-    "mnist": Pair("lenet5", "lenet5_half", "mnist", "mnist", 20.0, batchnorm=False),
+    "mnist": Pair(
+        "lenet5",
+        "lenet5_half",
+        "mnist",
+        "mnist",
+        20.0,
+        batchnorm=False,
+        rates={"optimizer": "adam", "lr": 2e-3, "weight_decay": 0.0, "student_lr": 0.01},  # DAFL's LeNet-5; adi: SGD
+    ),
     "cifar10": Pair(
         "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 40.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
     ),
