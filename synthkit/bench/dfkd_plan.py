@@ -42,10 +42,11 @@ PAIRS = {
         "mnist",
         20.0,
         batchnorm=False,
+        probes=1024,
         rates={"optimizer": "adam", "lr": 2e-3, "weight_decay": 0.0, "student_lr": 0.01},  # DAFL's LeNet-5; adi: SGD
     ),
     "cifar10": Pair(
-        "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 40.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
+        "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 25.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
     ),
 }
 
