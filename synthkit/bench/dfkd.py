@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--teacher", default=None, help="model spec instead of the pair's teacher (one pair)")
     parser.add_argument("--budget", type=float, default=None, help="CPU seconds of every run (none: those of the pair)")
     parser.add_argument("--seeds", type=int, default=None, help="runs of every method (none: those of the pair)")
-    parser.add_argument("--fresh", type=float, default=0.25, help="budget share of the fresh student; 0: none (0.25)")
+    parser.add_argument(
+        "--fresh", type=float, default=None, help="budget share of a fresh student (none: that of the pair)"
+    )
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
     parser.add_argument("--final-budget", type=float, default=150.0, help="CPU seconds of their runs (150)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
@@ -99,6 +101,7 @@ class Table:
         self.name, self.pair, self.data, self.args = name, pair, data, args
         self.work, self.budget = args.work / name, args.budget or pair.budget
         self.seeds = range(args.seeds or pair.seeds)
+        self.fresh = pair.fresh if args.fresh is None else args.fresh
         self.runtime = {"threads": 1, "device": "cpu"}
 
     def run(self, methods: list[str]) -> dict[str, Any]:
@@ -160,7 +163,7 @@ class Table:
             "method": method,
             "curriculum": Bank(banks[0]).spec.recipe.get("curriculum"),
             "top1": spread(top1),
-            "fresh_student": self.fresh_student(method, banks[0]) if self.args.fresh else None,
+            "fresh_student": self.fresh_student(method, banks[0]) if self.fresh else None,
             "cpu_seconds": spread([r["cpu_seconds"] for r in records]),
             "peak_memory_bytes": max(r["peak_memory_bytes"] for r in records),
             "images": len(Bank(banks[0])),
@@ -241,7 +244,7 @@ class Table:
 
     def fresh_student(self, method: str, bank: Path) -> dict[str, Any]:
         """A student that never met the generator, from the stored images of the first seed alone."""
-        return self._trained(f"fresh-{method}", bank, 0, self.args.fresh * self.budget)
+        return self._trained(f"fresh-{method}", bank, 0, self.fresh * self.budget)
 
     def end(self, name: str) -> dict[str, Any]:
         """Noise, or the real training images (with the teacher's logits, or with labels alone)."""

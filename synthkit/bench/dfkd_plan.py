@@ -25,6 +25,8 @@ class Pair:
     """States of every run's student among which the stopping point is chosen."""
     probes: int = 2048
     """Images on which every state is judged without data."""
+    fresh: float = 0.0
+    """Share of the budget that a fresh student of the first seed's bank gets on top (0: none)."""
     seeds: int = 3
     """Runs of every method."""
     rates: dict[str, Any] = field(default_factory=dict)
@@ -34,7 +36,7 @@ class Pair:
 
 
 PAIRS = {
-    "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0),
+    "mnist_bn": Pair("lenet5_bn", "lenet5_half_bn", "mnist", "mnist", 60.0, fresh=0.25),
     "mnist": Pair(
         "lenet5",
         "lenet5_half",
