@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--budget", type=float, default=None, help="CPU seconds of every run (none: those of the pair)")
     parser.add_argument("--seeds", type=int, default=None, help="runs of every method (none: those of the pair)")
     parser.add_argument(
-        "--fresh", type=float, default=None, help="budget share of a fresh student (none: that of the pair)"
+        "--fresh", type=float, default=None, help="budget share of a fresh student"
     )
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
     parser.add_argument("--final-budget", type=float, default=150.0, help="CPU seconds of their runs (150)")
