@@ -28,11 +28,13 @@ def test_all_measurements_are_there():
         "bench_bank_224_two_processes.json",
         "bench_million.json",
         "bench_steps.json",
+        "bench_steps_dfkd.json",
         "bench_steps_diffusion.json",
         "bench_steps_inversion.json",
         "bench_steps_matching.json",
         "cifar10_resnet20.json",
         "demo.json",
+        "dfkd.json",
         "diffusion_mnist.json",
         "engines_mnist.json",
         "fresh_mixture_mnist.json",
@@ -149,3 +151,40 @@ def test_the_bars_of_the_engines_hold():
     rows = {row["method"]: row["student_top1"]["mean"] for row in load("engines_mnist.json")["rows"]}
     assert all(top1 > rows["noise"] for name, top1 in rows.items() if name != "noise")
     assert load("diffusion_mnist.json")["banks"]["guided"]["judge_top1"] >= 0.95
+
+
+def test_readme_says_of_the_data_free_family_what_was_measured():
+    pairs = load("dfkd.json")["pairs"]
+    expected = []
+    for table in pairs.values():
+        expected.append(f"{table['budget_cpu_seconds']:.0f} s")
+        for row in [*table["rows"], *table["ends"].values(), *table.get("final", {}).get("rows", [])]:
+            top1 = row["top1"]
+            expected.append(percent(top1["mean"]) + (f" ± {percent(top1['std'])}" if top1["n"] > 1 else ""))
+    expected += [percent(row["fresh_student"]["top1"]) for row in pairs["mnist_bn"]["rows"]]
+    stopping = pairs["mnist_bn"]["selection"]["diagnosis"]["stopping"]["regret"]
+    among = pairs["mnist_bn"]["selection"]["diagnosis"]["among_runs"]["regret"]
+    expected += [percent(stopping[name]) for name in ("choice", "last", "random")]
+    expected += [percent(among[name]) for name in ("choice", "random")]
+    missing = [text for text in expected if text not in README]
+    assert not missing, f"not in README.md as measured: {missing}"
+
+
+def test_the_bars_of_the_data_free_family_hold():
+    from synthkit.bench.dfkd import METHODS
+
+    pairs = load("dfkd.json")["pairs"]
+    for name in ("mnist_bn", "mnist"):
+        table = pairs[name]
+        assert {row["method"] for row in table["rows"]} == set(METHODS)
+        assert all(row["top1"]["n"] == 3 for row in [*table["rows"], *table["ends"].values()])
+        assert table["ends"]["noise"]["top1"]["mean"] < table["ends"]["real"]["top1"]["mean"]
+    final = pairs["mnist_bn"]["final"]["rows"]
+    above = {row["method"] for row in final if row["top1"]["mean"] > 0.983 and row["top1"]["n"] == 3}
+    full = load("mnist_full.json")["student_top1"]  # CuDFKD, a fresh student of its bank, 3 seeds
+    assert len(above | ({"cudfkd"} if full["mean"] > 0.983 and full["n"] == 3 else set())) >= 3
+    for table in pairs.values():
+        for row in [*table["rows"], *table["ends"].values()]:
+            assert all(entry["source"] for entry in row["published"])
+    slow = {name for name, ratio in load("bench_steps_dfkd.json")["ratio"].items() if ratio > 1.3}
+    assert slow <= {"cmi", "lra"}  # lra: the floor knows no second-order gradient
