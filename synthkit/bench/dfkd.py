@@ -45,9 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--teacher", default=None, help="model spec instead of the pair's teacher (one pair)")
     parser.add_argument("--budget", type=float, default=None, help="CPU seconds of every run (none: those of the pair)")
     parser.add_argument("--seeds", type=int, default=None, help="runs of every method (none: those of the pair)")
-    parser.add_argument(
-        "--fresh", type=float, default=None, help="budget share of a fresh student"
-    )
+    parser.add_argument("--fresh", type=float, default=None, help="budget share of a fresh student")
     parser.add_argument("--finalists", type=int, default=0, help="methods ranked first that run again, for longer (0)")
     parser.add_argument("--final-budget", type=float, default=150.0, help="CPU seconds of their runs (150)")
     parser.add_argument("--images", type=int, default=2000, help="images of an online method's bank (2,000)")
@@ -272,6 +270,7 @@ class Table:
                 "bank": str(bank), "student": self.pair.student, "teacher": self.pair.teacher, "steps": steps,
                 "loss": {"name": "kd", "temperature": TEMPERATURE}, "protocol": self.pair.protocol, "seed": seed,
                 "fresh": 0.0, "holdout": 0.0, "eval_data": self.data, "out": str(out), "runtime": self.runtime,
+                **self._rates(),
             }  # fmt: skip
             return distill(parse_config("distill", values)).metrics["top1"]
 
@@ -282,10 +281,13 @@ class Table:
 
         def train(steps: int, out: Path) -> float:
             values = {"arch": self.pair.student, "data": self.data, "steps": steps, "seed": seed, "out": str(out),
-                      "runtime": self.runtime}  # fmt: skip
+                      "runtime": self.runtime, **self._rates()}  # fmt: skip
             return teach(parse_config("teach", values)).metrics["top1"]
 
         return self._for_seconds(f"real_labels-seed{seed}", self.budget, train)
+
+    def _rates(self) -> dict[str, Any]:
+        return {k: v for k, v in self.pair.rates.items() if k != "student_lr"}
 
     def _for_seconds(self, name: str, seconds: float, train: Callable[[int, Path], float]) -> dict[str, Any]:
         """`train(steps, out)` with as many steps as take `seconds` on the CPU: measured on two short runs first."""
