@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     """Parse, run, print JSON."""
     parser = Arguments(prog="synthkit bench dfkd", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", default=",".join(PAIRS), help=f"comma-separated, of {', '.join(PAIRS)}")
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; NAME+CURRICULUM switches one on")
+    parser.add_argument(
+        "--methods", default=",".join((*METHODS, *ENDS)), help="comma-separated; NAME+CURRICULUM switches one on"
+    )
     parser.add_argument("--mnist", default=None, help="data spec of MNIST; test split judges, train split is an end")
     parser.add_argument("--cifar10", default=None, help="data spec of CIFAR-10, the same")
     parser.add_argument("--teacher", default=None, help="model spec instead of the pair's teacher (one pair)")
@@ -76,6 +78,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "data-free methods for the same CPU seconds: co-trained student, last epoch; controls; published",
         "pairs": tables,
+        "published": [vars(entry) for entry in PUBLISHED],
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -123,7 +126,7 @@ class Table:
         if self.args.only_runs:
             return found
         found["selection"] = self.selection(rows)
-        if self.args.finalists:
+        if self.args.finalists and self.pair.finals:
             found["final"] = self.final(found["selection"], teacher)
         return found
 
@@ -323,7 +326,7 @@ class Table:
             points = [c for c in found["candidates"] if c["name"] == row["method"]]
             best = [max(c["top1"] for c in points if c["seed"] == s) for s in self.seeds]
             row["best_top1"] = spread(best)
-        return found
+        return {name: value for name, value in found.items() if name != "candidates"}  # the work folder has them
 
     def select(self, runs: list[tuple[str, int, Path]], eval_data: str | None) -> dict[str, Any]:
         """The data-free choice among runs, every method judged on the banks of all others."""
