@@ -326,7 +326,9 @@ class Table:
             points = [c for c in found["candidates"] if c["name"] == row["method"]]
             best = [max(c["top1"] for c in points if c["seed"] == s) for s in self.seeds]
             row["best_top1"] = spread(best)
-        return {name: value for name, value in found.items() if name != "candidates"}  # the work folder has them
+        runs = [{key: run[key] for key in ("name", "seed", "stop", "last", "score")} for run in found["runs"]]
+        kept_back = ("candidates", "runs", "probes")  # long; the work folder has them
+        return {name: value for name, value in found.items() if name not in kept_back} | {"runs": runs}
 
     def select(self, runs: list[tuple[str, int, Path]], eval_data: str | None) -> dict[str, Any]:
         """The data-free choice among runs, every method judged on the banks of all others."""
