@@ -49,9 +49,7 @@ PAIRS = {
         probes=1024,
         rates={"optimizer": "adam", "lr": 2e-3, "weight_decay": 0.0, "student_lr": 0.01},  # DAFL's LeNet-5; adi: SGD
     ),
-    "cifar10": Pair(
-        "resnet20.yaml", "resnet8", "cifar10", "bank-fast", 25.0, checkpoints=3, probes=512, seeds=1, ep_steps=10
-    ),
+    "cifar10": Pair("resnet20.yaml", "resnet8", "cifar10", "bank-fast", 300.0, checkpoints=3, probes=512, ep_steps=10),
 }
 
 METHODS = (
