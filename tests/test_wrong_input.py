@@ -273,7 +273,8 @@ def test_an_image_size_that_the_teacher_refuses(shop, refused, tmp_path):
     refused(distill_words(shop, tmp_path / "out", teacher=colour), 2, "(3, 32, 32)", "(1, 32, 32)")
     small = save_teacher(tmp_path / "small", "convnet_d2_w8_bn", side=24)
     refused(distill_words(shop, tmp_path / "out", teacher=small), 2, "(1, 24, 24)", "(1, 32, 32)")
-    refused(synthesize_words(shop, tmp_path / "out", teacher=small, **{"method.depth": 4}), 2, "multiple", "24")
+    fitting = {"method.depth": 4, "method.student": "convnet_d2_w8_bn"}
+    refused(synthesize_words(shop, tmp_path / "out", teacher=small, **fitting), 2, "multiple", "24")
 
 
 def test_a_student_that_cannot_take_the_images(shop, refused, tmp_path):
