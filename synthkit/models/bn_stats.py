@@ -125,6 +125,15 @@ class StatisticsEMA:
         """Take the statistics of the last batch of a call into the memory."""
         self.memory = [(mean.detach(), var.detach()) for mean, var in self.blend(batch)]
 
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The memory by layer, for a stored state; empty before the first update."""
+        return {str(i): {"mean": mean, "var": var} for i, (mean, var) in enumerate(self.memory or [])}
+
+    def load(self, state: dict[str, dict[str, Tensor]], device: torch.device) -> None:
+        """Inverse of `state`."""
+        layers = [state[str(i)] for i in range(len(state))]
+        self.memory = [(layer["mean"].to(device), layer["var"].to(device)) for layer in layers] or None
+
 
 def bn_statistics_loss(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """||var - running_var||_2 + ||mean - running_mean||_2 of one layer; all (C,), returns a scalar."""

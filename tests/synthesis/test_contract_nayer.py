@@ -123,10 +123,15 @@ def test_statistics_of_earlier_calls_are_blended_in():
     found.synthesise(0)
     first = [(mean.clone(), var.clone()) for mean, var in found.ema.memory or []]
     assert len(first) == 2
-    batches, look = [], found._look
-    found._look = lambda images: batches.append(look(images)) or batches[-1]  # type: ignore[method-assign]
+    batches, look = [], found.look
+
+    def spied(images, **options):
+        batches.append(look(images, **options))
+        return batches[-1]
+
+    found.look = spied  # type: ignore[method-assign]
     found.synthesise(1)
-    for (old, _), (new, _), (batch, _) in zip(first, found.ema.memory or [], batches[0][2], strict=True):
+    for (old, _), (new, _), (batch, _) in zip(first, found.ema.memory or [], batches[0].statistics, strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * batch.detach())
     assert method(bn_mmt=0.0).synthesise(0) and method(bn_mmt=0.0).ema.memory is None
 

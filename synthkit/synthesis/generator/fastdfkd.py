@@ -147,15 +147,9 @@ class FastDFKD(PoolLoop):
         self, view: Tensor, labels: Tensor, weight: float
     ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]] | None]:
         """The inversion terms of a view (S, C, H, W), and the batch's (mean, variance) at every BatchNorm."""
-        bn = statistics = None
-        if self.use_bn:
-            with self.teacher.bn_statistics() as found:
-                logits = widened(self.teacher(view))
-            bn, statistics = found.loss(ema=self.ema), found.batch
-        else:
-            logits = widened(self.teacher(view))
+        look = self.look(view, ema=self.ema)
         student = widened(self.student_view(view)) if weight else None
-        return inversion_terms(self.config, logits, labels, bn, student, weight), statistics
+        return inversion_terms(self.config, look.logits, labels, look.bn, student, weight), look.statistics
 
     def learn_to_adapt(self, sums: list[Tensor], fast: Generator) -> None:
         """One step of the meta-generator, from the gradients (or the weights) of its adapted copy."""
@@ -169,19 +163,17 @@ class FastDFKD(PoolLoop):
 
     def extra_state(self) -> dict[str, Any]:
         """Meta-generator, its optimiser and the remembered BN statistics."""
-        memory = self.ema.memory or []
         return {
             "generator": dict(self.generator.state_dict()),
             "optimizer_meta": optimizer_state(self.optimizer_meta),
-            "ema": {str(i): {"mean": mean, "var": var} for i, (mean, var) in enumerate(memory)},
+            "ema": self.ema.state(),
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Inverse of `extra_state`."""
         self.generator.load_state_dict(state["generator"])
         load_optimizer_state(self.optimizer_meta, state["optimizer_meta"])
-        layers = sorted(state.get("ema", {}).items(), key=lambda item: int(item[0]))
-        self.ema.memory = [(s["mean"].to(self.device), s["var"].to(self.device)) for _, s in layers] or None
+        self.ema.load(state.get("ema", {}), self.device)
 
 
 def reset_first_layers(generator: Generator, rng: torch.Generator) -> None:

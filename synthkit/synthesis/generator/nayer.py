@@ -166,14 +166,14 @@ class NAYER(PoolLoop):
         self.generator.redraw(self.task.rng(f"call-{call}-noise"))
         targets, draw = self.targets(call), self.task.rng(f"call-{call}-views")
         optimizer = torch.optim.Adam(self.generator.parameters(), lr=c.lr_g, betas=c.betas_g, fused=self.fused)
-        weight, best, batch = self.adversarial_weight(self.epoch), Best(), []
+        weight, best, statistics = self.adversarial_weight(self.epoch), Best(), None
         for _ in range(c.g_steps):
             with self.task.runtime.autocast():
                 images = self.generator(targets)
                 seen = augment(images, c.views, draw)
-                logits, bn, batch = self._look(seen)
+                look = self.look(seen, ema=self.ema)
                 student = widened(self.student_view(seen)) if weight else None
-            terms = inversion_terms(c, logits, targets, bn, student, weight)
+            terms, statistics = inversion_terms(c, look.logits, targets, look.bn, student, weight), look.statistics
             loss = torch.stack(list(terms.values())).sum()
             best.offer(loss, images)
             optimizer.zero_grad(set_to_none=True)
@@ -182,29 +182,17 @@ class NAYER(PoolLoop):
             optimizer.step()
             self.note_generator(terms, loss)
         self.generator.zero_grad(set_to_none=True)
-        if batch and c.bn_mmt:
-            self.ema.update(batch)
+        if statistics and c.bn_mmt:
+            self.ema.update(statistics)
         return best.kept[0], targets
-
-    def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
-        """Teacher logits, BN loss blended with earlier calls, and the batch's own statistics."""
-        if not self.use_bn:
-            return widened(self.teacher(images)), None, []
-        with self.teacher.bn_statistics() as statistics:
-            logits = widened(self.teacher(images))
-        return logits, statistics.loss(ema=self.ema), statistics.batch
 
     # ---- state -----------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
         """Generator and memory of the BN statistics; the optimiser lives for one call only."""
-        memory = enumerate(self.ema.memory or [])
-        ema = {str(i): {"mean": mean, "var": var} for i, (mean, var) in memory}
-        return {"generator": dict(self.generator.state_dict()), "ema": ema}
+        return {"generator": dict(self.generator.state_dict()), "ema": self.ema.state()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Inverse of `extra_state`."""
         self.generator.load_state_dict(state["generator"])
-        ema = state.get("ema", {})
-        pairs = [(ema[str(i)]["mean"], ema[str(i)]["var"]) for i in range(len(ema))]
-        self.ema.memory = [(mean.to(self.device), var.to(self.device)) for mean, var in pairs] or None
+        self.ema.load(state.get("ema", {}), self.device)

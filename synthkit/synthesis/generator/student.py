@@ -60,6 +60,8 @@ class Look:
     """(B, D) penultimate features, where they were asked for."""
     bn: Tensor | None
     """Scalar BN-statistics loss, where the method weighs it and the teacher has BatchNorm."""
+    statistics: list[tuple[Tensor, Tensor]] | None = None
+    """(mean, variance) of the batch at every BatchNorm, beside `bn`."""
 
 
 class StudentLoop:
@@ -226,7 +228,7 @@ class StudentLoop:
             return Look(widened(logits), _widened_or_none(feature), None)
         with self.teacher.bn_statistics() as statistics:
             logits, feature = self.teacher.features(images) if features else (self.teacher(images), None)
-        return Look(widened(logits), _widened_or_none(feature), statistics.loss(ema=ema))
+        return Look(widened(logits), _widened_or_none(feature), statistics.loss(ema=ema), statistics.batch)
 
     @contextlib.contextmanager
     def module_draws(self, stream: str) -> Iterator[None]:
