@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ from synthkit.paths import recipes_dir
 
 def names() -> list[str]:
     """Names of the shipped recipes, e.g. `cifar10/cudfkd-r34-r18`, sorted; `recipes/teachers/` holds model cards."""
-    root = recipes_dir()
+    return list(_names(recipes_dir()))
+
+
+@functools.cache  # the shipped files do not change while the program runs
+def _names(root: Path) -> tuple[str, ...]:
     files = (p.relative_to(root) for p in root.rglob("*.yaml"))
-    return sorted(p.with_suffix("").as_posix() for p in files if p.parts[0] != "teachers")
+    return tuple(sorted(p.with_suffix("").as_posix() for p in files if p.parts[0] != "teachers"))
 
 
 def find(recipe: str | os.PathLike[str]) -> Path:
