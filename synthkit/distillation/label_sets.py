@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from synthkit.bank import Bank, LabelSet
 from synthkit.config.schema import DistillConfig
-from synthkit.distillation.contract import DistillationLoss
+from synthkit.distillation.contract import Loss
 from synthkit.errors import ConfigError, DataError
 
 
@@ -47,7 +47,7 @@ def label_set_of(cfg: DistillConfig, bank: Bank, notes: list[str]) -> LabelSet |
     return labels
 
 
-def note_topk(bank: Bank, labels: LabelSet | None, loss: DistillationLoss, notes: list[str]) -> None:
+def note_topk(bank: Bank, labels: LabelSet | None, loss: Loss, notes: list[str]) -> None:
     """Stored top-k logits are the teacher's at temperature 1; say what another temperature costs."""
     top_k = labels.spec.top_k if labels is not None else (None if bank.has("logits") else bank.spec.top_k)
     temperature = getattr(getattr(loss, "config", None), "temperature", 1.0)

@@ -20,7 +20,7 @@ from synthkit.bank.labels.stored import StoredLogits, has_logits, transform_note
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data
-from synthkit.distillation.contract import DistillationLoss
+from synthkit.distillation.contract import Loss
 from synthkit.distillation.label_sets import label_set_of, note_topk
 from synthkit.distillation.protocols import Plan, distill_plan
 from synthkit.distillation.sources import split_holdout, stream_seed
@@ -40,7 +40,7 @@ class DistillTask:
 
     cfg: DistillConfig
     bank: Bank
-    loss: DistillationLoss
+    loss: Loss
     protocol: str
     plan: Plan
     changed: list[str]
@@ -148,7 +148,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     )
 
 
-def _loss(cfg: DistillConfig) -> DistillationLoss:
+def _loss(cfg: DistillConfig) -> Loss:
     kind = lookup("loss", cfg.loss_name)
     config = cfg.loss
     if config is None:
@@ -249,7 +249,7 @@ def _check_logits(
     labels: LabelSet | None,
     teacher: TeacherView | None,
     plan: Plan,
-    loss: DistillationLoss,
+    loss: Loss,
     notes: list[str],
 ) -> bool:
     if cfg.logits == "stored" and labels is None and not has_logits(bank):
@@ -270,7 +270,7 @@ def _check_logits(
     return live
 
 
-def _check_labels(cfg: DistillConfig, bank: Bank, loss: DistillationLoss, live: bool) -> None:
+def _check_labels(cfg: DistillConfig, bank: Bank, loss: Loss, live: bool) -> None:
     if cfg.label_weight < 0:
         raise ConfigError("label_weight must not be negative", got=cfg.label_weight)
     if (cfg.labels == "none") != (cfg.label_weight == 0):

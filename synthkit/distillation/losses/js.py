@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from synthkit.distillation.contract import Batch, LossNeeds, Taps
+from synthkit.distillation.contract import Batch, Loss, Taps
 from synthkit.distillation.losses.common import check_temperature, reduce
 from synthkit.logits import js_per_sample
 
@@ -33,7 +33,7 @@ def js_loss(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, reduc
     return reduce(js_per_sample(student, teacher, temperature), reduction)
 
 
-class JS:
+class JS(Loss):
     """`js_loss` as a loss of the table (`--loss js --loss.temperature 1`)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,6 @@ class JS:
 
         def __post_init__(self):
             check_temperature(self.temperature)
-
-    requires: ClassVar[LossNeeds] = LossNeeds()
-
-    def __init__(self, config: Config | None = None):
-        self.config = config or self.Config()
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         return {"js": js_loss(student.logits, teacher.logits, temperature=self.config.temperature, reduction="none")}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from synthkit.distillation.contract import Batch, LossNeeds, Taps
+from synthkit.distillation.contract import Batch, Loss, Taps
 from synthkit.distillation.losses.common import reduce
 from synthkit.logits import l1_per_sample
 
@@ -31,17 +31,12 @@ def l1_loss(student: Tensor, teacher: Tensor, *, reduction: Literal["none", "mea
     return reduce(l1_per_sample(student, teacher), reduction)
 
 
-class L1:
+class L1(Loss):
     """`l1_loss` as a loss of the table (`--loss l1`)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """L1 has no options."""
-
-    requires: ClassVar[LossNeeds] = LossNeeds()
-
-    def __init__(self, config: Config | None = None):
-        self.config = config or self.Config()
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         return {"l1": l1_loss(student.logits, teacher.logits, reduction="none")}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
-from synthkit.distillation.contract import Batch, LossNeeds, Taps
+from synthkit.distillation.contract import Batch, Loss, Taps
 from synthkit.distillation.losses.common import check_temperature, reduce
 from synthkit.logits import soft_ce_per_sample
 
@@ -34,7 +34,7 @@ def soft_ce_loss(
     return reduce(soft_ce_per_sample(student, teacher, temperature), reduction)
 
 
-class SoftCE:
+class SoftCE(Loss):
     """`soft_ce_loss` as a loss of the table (`--loss soft_ce --loss.temperature 1`)."""
 
     @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,6 @@ class SoftCE:
 
         def __post_init__(self):
             check_temperature(self.temperature)
-
-    requires: ClassVar[LossNeeds] = LossNeeds()
-
-    def __init__(self, config: Config | None = None):
-        self.config = config or self.Config()
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         value = soft_ce_loss(student.logits, teacher.logits, temperature=self.config.temperature, reduction="none")
