@@ -107,6 +107,10 @@ def lookup(kind: str, name: str) -> Any:
     Raises:
         ConfigError: the name is unknown; the nearest one is offered.
     """
+    if kind == "loss" and any(mark in name for mark in "+*@"):
+        from synthkit.distillation.weighted import weighted_sum
+
+        return weighted_sum(name)
     table = methods() if kind == "method" else losses()
     if name not in table:
         plural = "methods" if kind == "method" else "losses"

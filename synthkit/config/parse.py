@@ -303,13 +303,12 @@ class _Build:
         parser.add_argument("--json", action="store_true", help="Print the result as JSON.", default=argparse.SUPPRESS)
         for title, config, prefix in self._sections():
             group = parser.add_argument_group(title)
-            texts = describe(config) if describe_fields else {}
+            own = [o for o in self.options.values() if o.name.rpartition(".")[0] == prefix.removesuffix(".")]
+            texts = describe(config) if describe_fields and own else {}
             if prefix == f"{self.plugin}.":
                 names = ", ".join(sorted(self._table()))
                 group.add_argument(f"--{self.plugin}", metavar="NAME", default=self.name, help=f"One of: {names}.")
-            for option in self.options.values():
-                if option.name.rpartition(".")[0] != prefix.removesuffix("."):
-                    continue
+            for option in own:
                 text = texts.get(option.name.rpartition(".")[2], "") or " "
                 details: dict[str, Any] = {"required": True} if option.required else {"default": option.default}
                 if describe_fields:
@@ -325,6 +324,8 @@ class _Build:
         sections = [(self.spec.config.__doc__ or "", self.spec.config, "")]
         if self.plugin and self.plugin_config:
             sections.append((self.plugin_config.__doc__ or "", self.plugin_config, f"{self.plugin}."))
+            parts = {f.name: _nested_type(self.plugin_config, f) for f in fields(self.plugin_config)}
+            sections += [(p.__doc__ or "", p, f"{self.plugin}.{name}.") for name, p in parts.items() if p is not None]
         sections.append((schema.RuntimeConfig.__doc__ or "", schema.RuntimeConfig, "runtime."))
         return [(doc.strip().splitlines()[0].rstrip("."), config, prefix) for doc, config, prefix in sections]
 
