@@ -126,7 +126,7 @@ class Loss:
     """Base of the distillation losses: no state, no modules, nothing deployed."""
 
     Config: ClassVar[Any]
-    requires: ClassVar[LossNeeds] = LossNeeds()
+    requires: LossNeeds = LossNeeds()
     beta: ClassVar[float] = 1.0
     """The weight under which the loss's numbers were published beside a cross-entropy of weight 1."""
     aux: nn.Module | None = None

@@ -30,7 +30,7 @@ __all__ = [
     "split_holdout", "stream_seed", "torch_generator",
 ]  # fmt: skip
 
-_STREAMS = {"order": 1, "augment": 2, "fresh": 3, "noise": 4, "holdout": 5, "weights": 6, "dropout": 7, "subset": 8}
+_STREAMS = {"order": 1, "augment": 2, "fresh": 3, "noise": 4, "holdout": 5, "weights": 6, "dropout": 7, "subset": 8, "loss": 9}
 
 
 def stream_seed(seed: int, stream: str, *position: int) -> int:
@@ -218,6 +218,7 @@ class _Sliced:
             images=images.float().div_(255) if images.dtype == torch.uint8 else images.float().contiguous(),
             labels=None if batch.labels is None else batch.labels[self.slice],
             logits=None if batch.logits is None else batch.logits[self.slice],
+            index=None if batch.index is None else batch.index[self.slice],
         )
 
 
@@ -261,12 +262,14 @@ class StoreSource(_Sliced):
 
     def batch(self, step: int) -> Batch:
         found = self.store.gather(self.indices(step))
+        found.index = torch.from_numpy(self.indices(step)).to(self.device, non_blocking=True)
         self.store.announce(self.indices(step + 1))
         self._load_window(step)
         if self.fresh and self.pool is not None:
             anew = self.pool.images(self.fresh, self.seed, step)
             stored = found.images.float().div_(255) if found.images.dtype == torch.uint8 else found.images.float()
-            found = Batch(images=torch.cat([stored, anew]))
+            index = torch.cat([found.index, found.index.new_full((self.fresh,), -1)])
+            found = Batch(images=torch.cat([stored, anew]), index=index)
         return self.finish(found, step)
 
     def _load_window(self, step: int) -> None:

@@ -122,7 +122,8 @@ class ViewSource:
         _, following = self.views(step + 1)
         self.store.announce(np.concatenate([following.sample, following.partner_sample]))
         labels = None if found.labels is None else found.labels[: len(rows)]
-        return Batch(images=images, labels=labels, logits=targets.dense())
+        index = torch.from_numpy(np.asarray(views.sample, np.int64)).to(self.device)
+        return Batch(images=images, labels=labels, logits=targets.dense(), index=index)
 
     def close(self) -> None:
         """Stop reading."""

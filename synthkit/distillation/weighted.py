@@ -130,9 +130,8 @@ class WeightedSum(Loss):
         if len(own) > 1:
             raise ConfigError("these losses bring their own optimiser groups", got=list(own), hint="use one of them")
         for name, groups in own.items():
-            rest = [
-                p for other, loss in self.losses.items() if other != name and loss.aux for p in loss.aux.parameters()
-            ]
+            others = [loss.aux for other, loss in self.losses.items() if other != name and loss.aux is not None]
+            rest = [p for aux in others for p in aux.parameters()]
             return [*groups, {"params": rest}] if rest else groups
         return None
 
