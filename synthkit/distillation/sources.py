@@ -30,7 +30,12 @@ __all__ = [
     "split_holdout", "stream_seed", "torch_generator",
 ]  # fmt: skip
 
-_STREAMS = {"order": 1, "augment": 2, "fresh": 3, "noise": 4, "holdout": 5, "weights": 6, "dropout": 7, "subset": 8, "loss": 9}
+_STREAMS = {
+    name: number
+    for number, name in enumerate(
+        ("order", "augment", "fresh", "noise", "holdout", "weights", "dropout", "subset", "loss"), start=1
+    )
+}  # the numbers are part of every seed: only append
 
 
 def stream_seed(seed: int, stream: str, *position: int) -> int:

@@ -1,22 +1,37 @@
 """The one training loop of the house: distillation and teaching both run under it.
 
-Accelerate places and wraps the network; sources give batches as a pure function of the step; the objective gives the
-loss. Nothing waits for the device inside a step: figures are kept on the device and read every `CHECK_EVERY` steps.
+Accelerate gives device, precision and ranks; sources give batches as a pure function of the step; the objective gives
+the loss. Ranks and micro-batches are slices of the one global batch: BatchNorm statistics and relational losses see it
+whole over the ranks, and a relational loss sees it whole over the micro-batches too. Nothing waits for the device
+inside a step: figures are kept on the device and read every `CHECK_EVERY` steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from synthkit.distillation.contract import Batch
+from synthkit.distillation.objective import (
+    Figures,
+    FromFunction,
+    Objective,
+    drawer,
+    join_seen,
+    map_seen,
+    split_batch,
+    tensors_of,
+)
+from synthkit.distillation.optimizers import make_optimizer
 from synthkit.distillation.protocols import Plan
+from synthkit.distillation.ranks import average_gradients, gather_batch, synchronise_batchnorm
 from synthkit.distillation.sources import BatchSource, stream_seed
 from synthkit.distillation.state import StateStore
 from synthkit.errors import NonFiniteError
@@ -30,27 +45,10 @@ CHECK_EVERY = 20  # steps between reading the figures (one wait for the device)
 SAVE_SECONDS = 60.0  # longest time between two states
 _TIMED = (4, 12)  # steps that are timed for the estimate: after the first few, which allocate
 
-Objective = Callable[[ModelView, Batch], "dict[str, Tensor]"]
+Function = Callable[[ModelView, Batch], "dict[str, Tensor]"]
 """(student view, batch) -> scalars; the entry "loss" is minimised, the others are logged (detached)."""
 EpochHook = Callable[[int, TeacherView], "dict[str, Any]"]
 """(epoch from 1, frozen copy of the network) -> further figures for metrics.jsonl."""
-
-
-def make_optimizer(plan: Plan, network: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The plan's optimiser over all parameters of `network`, fused where the device has it."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in parameters)
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=plan.lr,
-            momentum=plan.momentum,
-            nesterov=plan.nesterov and plan.momentum > 0,
-            weight_decay=plan.weight_decay,
-            fused=fused,
-        )
-    kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=plan.lr, weight_decay=plan.weight_decay, fused=fused)
 
 
 class Trainer:
@@ -58,14 +56,14 @@ class Trainer:
 
     Args:
         view: the network with its constants; trained in place.
-        objective: see `Objective`.
+        objective: an `Objective`, or a `Function`.
         run_dir: where metrics.jsonl and the state go.
         seed: of the dropout draws (all other draws belong to the source).
         description: name of the progress line.
         eval_every: call `on_epoch` every so many epochs (0: only after the last).
-
-    With BatchNorm and several processes on CPU each rank normalises by its own slice (torch has synchronised BatchNorm
-    on GPUs only, where it is used); networks without BatchNorm give the same result for any number of processes.
+        accumulate: micro-batches of a step. BatchNorm sees each alone, as accumulation always does; a relational loss
+            sees the whole batch (the forward passes run twice: once for the loss, once for the gradients).
+        ema: decay per step of an exponential moving average of the weights (0: none), kept beside the network.
     """
 
     def __init__(
@@ -73,7 +71,7 @@ class Trainer:
         *,
         runtime: Runtime,
         view: ModelView,
-        objective: Objective,
+        objective: Objective | Function,
         source: BatchSource,
         plan: Plan,
         run_dir: RunDir,
@@ -81,28 +79,42 @@ class Trainer:
         description: str = "train",
         on_epoch: EpochHook | None = None,
         eval_every: int = 0,
+        accumulate: int = 1,
+        ema: float = 0.0,
     ):
-        self.runtime, self.view, self.objective, self.source, self.plan = runtime, view, objective, source, plan
+        self.runtime, self.view, self.source, self.plan = runtime, view, source, plan
+        self.objective: Objective = objective if hasattr(objective, "look") else FromFunction(view, objective)  # type: ignore[assignment,arg-type]  # a function has no `look`
         self.run_dir, self.seed, self.description = run_dir, seed, description
         self.on_epoch, self.eval_every = on_epoch, eval_every
+        self.accumulate, self.decay = accumulate, ema
         self.total = plan.total_steps(source.steps_per_epoch)
         self.epochs = -(-self.total // source.steps_per_epoch)
         self.state = StateStore(run_dir.path / "state")
         self._frozen = copy.deepcopy(view.module)
         view.to(runtime.device, channels_last=runtime.channels_last)
-        network = view.module
-        if runtime.world > 1 and runtime.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = view.module
+        self.parts = nn.ModuleDict({"network": self.network})
+        if self.objective.aux is not None:
+            self.parts["aux"] = self.objective.aux.to(runtime.device).train()
+        if runtime.world > 1:
+            synchronise_batchnorm(self.parts)
+            self._agree()
+        self.average = copy.deepcopy(self.network).requires_grad_(False).eval() if ema else None
+        self.stored = nn.ModuleDict({**self.parts, **({} if self.average is None else {"ema": self.average})})
         if runtime.config.compile:
-            network.compile()
-        self.network = network
-        self.optimizer = make_optimizer(plan, network, runtime.device)
-        view.module, self.prepared = runtime.accelerator.prepare(network, self.optimizer)
+            self.network.compile()
+        self.optimizer = make_optimizer(plan, self.network, runtime.device, self.objective)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds = 0, 0.0
         self._pending: list[Tensor] = []
         self._names: list[str] = []
-        self._sums: list[float] = []
-        self._count = 0
+        self._sums: dict[str, list[float]] = {}
+
+    @torch.no_grad()
+    def _agree(self) -> None:
+        """Start all ranks from the first one's weights: seeds agree, kernels of other machines may not."""
+        for value in self.parts.state_dict().values():
+            torch.distributed.broadcast(value, 0)
 
     # --- state --------------------------------------------------------------------------------------------------------
 
@@ -114,30 +126,38 @@ class Trainer:
         self._require_finite_weights()
         self.state.save(
             self.step,
-            self.network,
+            self.stored,
             self.optimizer,
-            {"seconds": self.seconds, "names": self._names, "sums": self._sums, "count": self._count},
+            {"seconds": self.seconds, "sums": self._sums},
         )
 
     def restore(self) -> bool:
         """Go on from the newest whole state; False (and a start from the beginning) where there is none."""
-        meta = self.state.load(self.network, self.optimizer)
+        meta = self.state.load(self.stored, self.optimizer)
         if meta is None:
             if self.runtime.is_main:
                 self.run_dir.truncate_metrics(lambda _: False)
             return False
         self.step, self.seconds = int(meta["step"]), float(meta["seconds"])
-        self._names, self._sums, self._count = list(meta["names"]), list(meta["sums"]), int(meta["count"])
+        self._sums = {name: list(pair) for name, pair in meta["sums"].items()}
         if self.runtime.is_main:
             epoch = self.step // self.source.steps_per_epoch
             self.run_dir.truncate_metrics(lambda record: record.get("epoch", 0) <= epoch)
         return True
 
-    def frozen(self) -> TeacherView:
-        """A frozen copy of the network as it is now, for evaluation (the one in training is not touched)."""
-        self._frozen.load_state_dict(self.network.state_dict())
+    def frozen(self, network: nn.Module | None = None) -> TeacherView:
+        """A frozen copy of the network as it is now, for evaluation (the one in training is not touched).
+
+        Args:
+            network: another one of the same architecture: the moving average.
+        """
+        self._frozen.load_state_dict((network or self.network).state_dict())
+        return self.seen_as(self._frozen)
+
+    def seen_as(self, module: nn.Module) -> TeacherView:
+        """A module that takes the network's input, as a frozen view."""
         view = TeacherView(
-            self._frozen,
+            module,
             self.view.mean,
             self.view.std,
             input_size=self.view.input_size,
@@ -164,7 +184,7 @@ class Trainer:
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
             self.runtime.progress(self.total, self.description, initial=self.step) as bar,
         ):
-            self.view.module.train()
+            self.parts.train()
             while self.step < self.total:
                 rate = self._train_step()
                 self.seconds = at_start + time.monotonic() - started
@@ -193,22 +213,116 @@ class Trainer:
     def _train_step(self) -> float:
         rate = self.plan.lr_at(self.step, self.total, self.source.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         # dropout and the like draw from torch's own generator: forked in `fit`, seeded per step, so resuming is exact
         torch.manual_seed(stream_seed(self.seed, "dropout", self.step, self.runtime.rank))
+        self.objective.on_step(self.optimizer, self.step / self.total)
         batch = self.source.batch(self.step)
+        batch.epoch, batch.progress = self.step / self.source.steps_per_epoch, self.step / self.total
+        batch.draw = drawer(self.seed, self.step)
         if self.runtime.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
-        self.prepared.zero_grad(set_to_none=True)
-        with self.runtime.autocast():
-            figures = self.objective(self.view, batch)
-        self.runtime.accelerator.backward(figures["loss"])
-        self.prepared.step()
-        if not self._names:
-            self._names, self._sums = list(figures), [0.0] * len(figures)
-        self._pending.append(torch.stack([figures[name].detach().float() for name in self._names]))
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = self._backward(batch)
+        if self.runtime.world > 1:
+            average_gradients(self.parameters)
+        self.optimizer.step()
+        if self.average is not None:
+            self._follow(self.average)
+        self._note(figures)
         self.step += 1
         return rate
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of one global batch, in one piece or in micro-batches; returns the figures to log."""
+        if self.accumulate == 1:
+            with self.runtime.autocast():
+                seen = self.objective.look(batch)
+                if self.objective.relational and self.runtime.world > 1:
+                    seen = map_seen(seen, gather_batch)
+                figures = self.objective.figures(seen)
+            self._derive(figures)
+            return self._shown(figures)
+        parts = split_batch(batch, self.accumulate)
+        if self.objective.relational:
+            return self._cached(parts)
+        total: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            self._reseed(number)
+            with self.runtime.autocast():
+                figures = self.objective.figures(self.objective.look(part))
+            self._derive(figures, 1.0 / len(parts))
+            for name, value in self._shown(figures).items():
+                total[name] = total.get(name, 0.0) + value / len(parts)
+        return total
+
+    def _cached(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """Gradients of a loss that must see all micro-batches: what they show is gathered without graph, the loss gives
+        the gradients of that, and a second forward pass of each micro-batch takes them down to the weights (Gao et al.
+        2021, "gradient cache"). The same arithmetic as one batch, but for BatchNorm, which sees each part alone.
+        """
+        seen = []
+        with torch.no_grad(), _running_statistics_kept(self.network), self.runtime.autocast():
+            for number, part in enumerate(parts):
+                self._reseed(number)
+                seen.append(self.objective.look(part))
+        whole = join_seen(seen)
+        assert whole.student is not None  # a relational objective looks at the student
+        leaves = tensors_of(whole.student)
+        with self.runtime.autocast():
+            figures = self.objective.figures(map_seen(whole, gather_batch) if self.runtime.world > 1 else whole)
+        self._derive(figures)
+        for number, part in enumerate(parts):
+            self._reseed(number)
+            with self.runtime.autocast():
+                again = self.objective.look(part).student
+            assert again is not None
+            wanted = [
+                (tensor, leaf.grad.chunk(len(parts))[number])
+                for tensor, leaf in zip(tensors_of(again), leaves, strict=True)
+                if leaf.grad is not None
+            ]
+            torch.autograd.backward([tensor for tensor, _ in wanted], [grad for _, grad in wanted])
+        return self._shown(figures)
+
+    def _derive(self, figures: Figures, share: float = 1.0) -> None:
+        """Backward of a share of the loss; DOT wants the gradients of the labels' part by themselves."""
+        keep = getattr(self.optimizer, "keep_task", None)
+        if keep is None:
+            self.runtime.accelerator.backward(figures.loss * share if share != 1.0 else figures.loss)
+            return
+        if figures.task is not None:
+            self.runtime.accelerator.backward(figures.task * share, retain_graph=True)
+            figures.loss = figures.loss - figures.task
+        keep()
+        self.runtime.accelerator.backward(figures.loss * share)
+
+    def _shown(self, figures: Figures) -> dict[str, Tensor]:
+        loss = figures.loss if figures.task is None or not hasattr(self.optimizer, "keep_task") else (
+            figures.loss + figures.task
+        )  # fmt: skip
+        return {"loss": loss.detach(), **figures.shown}
+
+    def _reseed(self, part: int) -> None:
+        """Dropout of one micro-batch: the same in both of its forward passes."""
+        torch.manual_seed(stream_seed(self.seed, "dropout", self.step, self.runtime.rank, part))
+
+    @torch.no_grad()
+    def _follow(self, average: nn.Module) -> None:
+        """One step of the moving average; what is not a float (counters) is copied."""
+        new, old = self.network.state_dict(), average.state_dict()
+        floats = [name for name, value in new.items() if value.is_floating_point()]
+        for name in floats:
+            old[name].lerp_(new[name], 1.0 - self.decay)
+        for name in new.keys() - set(floats):
+            old[name].copy_(new[name])
+
+    def _note(self, figures: dict[str, Tensor]) -> None:
+        """Keep this step's figures on the device; a schedule may change which ones there are."""
+        if list(figures) != self._names:
+            self._check()
+            self._names = list(figures)
+        self._pending.append(torch.stack([value.detach().float() for value in figures.values()]))
 
     def _check(self) -> None:
         """Read the pending figures, add them to the epoch's sums, and stop at the first that is not finite."""
@@ -223,8 +337,9 @@ class Trainer:
         for offset, row in enumerate(rows):
             if not math.isfinite(row[at]):
                 self._fail("loss", self.step - len(rows) + offset)
-            self._sums = [a + b for a, b in zip(self._sums, row, strict=True)]
-        self._count += len(rows)
+        for name, values in zip(self._names, zip(*rows, strict=True), strict=True):
+            total, count = self._sums.get(name, [0.0, 0])
+            self._sums[name] = [total + sum(values), count + len(values)]
 
     def _fail(self, what: str, step: int) -> None:
         rate = self.plan.lr_at(step, self.total, self.source.steps_per_epoch)
@@ -236,12 +351,12 @@ class Trainer:
         )
 
     def _require_finite_weights(self) -> None:
-        finite = torch.stack([torch.isfinite(p).all() for p in self.network.state_dict().values()])
+        finite = torch.stack([torch.isfinite(p).all() for p in self.parts.state_dict().values()])
         if not bool(finite.all()):
             self._fail("network", self.step)
 
     def _means(self) -> dict[str, float]:
-        return {n: s / max(self._count, 1) for n, s in zip(self._names, self._sums, strict=True)}
+        return {name: total / max(count, 1) for name, (total, count) in self._sums.items()}
 
     def _end_epoch(self, rate: float) -> dict[str, Any]:
         self._check()
@@ -250,11 +365,13 @@ class Trainer:
         due = self.step == self.total or (self.eval_every > 0 and epoch % self.eval_every == 0)
         if self.on_epoch is not None and self.runtime.is_main and due:
             record |= self.on_epoch(epoch, self.frozen())
-            self.view.module.train()
+            self.parts.train()
         record["seconds"] = self.seconds
         if self.runtime.is_main:
             self.run_dir.log(record)
-        self._sums, self._count = [0.0] * len(self._names), 0
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.runtime.accelerator.log(numbers, step=self.step)  # to the trackers, where any were asked for
+        self._sums = {}
         return record
 
     def _estimate(self, bar: Any, timed: dict[int, float]) -> None:
@@ -267,3 +384,16 @@ class Trainer:
             f"{self.source.batch_size} images, about {format_seconds(rest)} to go, "
             f"{format_bytes(peak_memory())} of memory"
         )
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with the batch's statistics, as in training, but does not record them."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

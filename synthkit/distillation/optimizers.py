@@ -1,0 +1,45 @@
+"""The optimiser of a plan, over a network and what a loss trains beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from synthkit.distillation.protocols import Plan
+
+if TYPE_CHECKING:
+    from synthkit.distillation.objective import Objective
+
+
+def make_optimizer(
+    plan: Plan, network: nn.Module, device: torch.device, objective: Objective | None = None
+) -> torch.optim.Optimizer:
+    """The plan's optimiser over all parameters of `network` and of the objective, fused where the device has it.
+
+    Every group has a factor `lr_scale` of the plan's rate.
+    """
+    everything = [*network.parameters(), *(objective.aux.parameters() if objective and objective.aux else [])]
+    parameters = [p for p in everything if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if objective is not None and (own := objective.parameter_groups(network)) is not None:
+        groups = own
+    for group in groups:
+        group.setdefault("lr_scale", 1.0)
+    fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in parameters)
+    if plan.optimizer == "dot":
+        from synthkit.distillation.dot import DOT
+
+        return DOT(groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=plan.lr,
+            momentum=plan.momentum,
+            nesterov=plan.nesterov and plan.momentum > 0,
+            weight_decay=plan.weight_decay,
+            fused=fused,
+        )
+    kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=fused)
