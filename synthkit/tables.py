@@ -43,10 +43,11 @@ METHODS: dict[str, str] = {
 }
 
 LOSSES: dict[str, str] = {
+    "js": "synthkit.distillation.losses.js:JS",
     "kd": "synthkit.distillation.losses.kd:KD",
     "l1": "synthkit.distillation.losses.l1:L1",
+    "ofa": "synthkit.distillation.losses.ofa:OFA",
     "soft_ce": "synthkit.distillation.losses.soft_ce:SoftCE",
-    "js": "synthkit.distillation.losses.js:JS",
 }
 
 DATASETS: dict[str, str] = {
