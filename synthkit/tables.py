@@ -43,10 +43,18 @@ METHODS: dict[str, str] = {
 }
 
 LOSSES: dict[str, str] = {
+    "ce": "synthkit.distillation.losses.ce:CE",
+    "dist": "synthkit.distillation.losses.dist:DIST",
+    "dkd": "synthkit.distillation.losses.dkd:DKD",
+    "gkl": "synthkit.distillation.losses.gkl:GKL",
+    "ikl": "synthkit.distillation.losses.ikl:IKL",
     "js": "synthkit.distillation.losses.js:JS",
     "kd": "synthkit.distillation.losses.kd:KD",
     "l1": "synthkit.distillation.losses.l1:L1",
+    "logit_std": "synthkit.distillation.losses.logit_std:LogitStd",
+    "mse": "synthkit.distillation.losses.mse:MSE",
     "ofa": "synthkit.distillation.losses.ofa:OFA",
+    "pld": "synthkit.distillation.losses.pld:PLD",
     "soft_ce": "synthkit.distillation.losses.soft_ce:SoftCE",
 }
 
