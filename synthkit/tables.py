@@ -43,9 +43,13 @@ METHODS: dict[str, str] = {
 }
 
 LOSSES: dict[str, str] = {
+    "ab": "synthkit.distillation.losses.ab:AB",
+    "at": "synthkit.distillation.losses.at:AT",
     "ce": "synthkit.distillation.losses.ce:CE",
     "dist": "synthkit.distillation.losses.dist:DIST",
     "dkd": "synthkit.distillation.losses.dkd:DKD",
+    "fitnet": "synthkit.distillation.losses.fitnet:FitNet",
+    "ft": "synthkit.distillation.losses.ft:FT",
     "gkl": "synthkit.distillation.losses.gkl:GKL",
     "ikl": "synthkit.distillation.losses.ikl:IKL",
     "js": "synthkit.distillation.losses.js:JS",
@@ -53,9 +57,13 @@ LOSSES: dict[str, str] = {
     "l1": "synthkit.distillation.losses.l1:L1",
     "logit_std": "synthkit.distillation.losses.logit_std:LogitStd",
     "mse": "synthkit.distillation.losses.mse:MSE",
+    "nst": "synthkit.distillation.losses.nst:NST",
     "ofa": "synthkit.distillation.losses.ofa:OFA",
     "pld": "synthkit.distillation.losses.pld:PLD",
+    "reviewkd": "synthkit.distillation.losses.reviewkd:ReviewKD",
     "soft_ce": "synthkit.distillation.losses.soft_ce:SoftCE",
+    "sp": "synthkit.distillation.losses.sp:SP",
+    "vid": "synthkit.distillation.losses.vid:VID",
 }
 
 DATASETS: dict[str, str] = {
