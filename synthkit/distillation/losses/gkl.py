@@ -50,8 +50,8 @@ def gkl_loss(
     Shapes: `student`, `teacher` (B, K) logits, any range; `prior` (B, K) rows that sum to 1, or None; (B,) or scalar.
 
     Source: Cui et al. 2025 (arXiv 2503.08038), jiequancui/DKL@c5e8ad2 (DKLv2, `GKL_KD.py`), whose numbers the tests
-    check. CIFAR-100: `ce+gkl@ramp20`, class priors, T = T2 = 4, gamma 0 to 0.3, beta 4 to 20 by pair; ImageNet gamma
-    0.6 or 0.5.
+    check. CIFAR-100: `ce+gkl@ramp20`, T = T2 = 4, gamma 0 to 0.3, beta 4 to 20 and class priors on or off by pair;
+    ImageNet: class priors, T2 = 1, gamma 0.6 or 0.5.
     Differs from source: closed form, and the empty class, as in `ikl_loss`; class priors are off by default, since a
     bank need not have labels. The value of a sample depends on its batch through the common divisor.
     Cost: O(B K) time and memory; with class priors O(B K^2) time and two K x K tables.

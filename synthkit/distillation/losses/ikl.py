@@ -85,9 +85,9 @@ def prior_rows(table: Any, teacher: Tensor, labels: Tensor, *, epoch: float, tem
     """(B, K): the priors of `labels` from the last whole epoch; adds this batch to the epoch that runs.
 
     Everything happens on the device: whether a new epoch began is a tensor too, so that no step waits for the answer,
-    and what is needed to resume lies in the buffers.
+    and what is needed to resume lies in the buffers. No autocast: a sum over an epoch needs its digits.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(teacher.device.type, enabled=False):
         whole = math.floor(epoch)
         turned = table.epoch != whole
         totals = table.sums.sum(dim=1, keepdim=True)

@@ -181,6 +181,16 @@ def test_priors_resume():
     )
 
 
+def test_mixed_precision_keeps_the_table_exact():
+    case = golden("ikl_v1")
+    exact, mixed = (ready(IKL(IKL.Config(class_prior=True, weight_temperature=1.0))) for _ in range(2))
+    for loss, on in ((exact, False), (mixed, True)):
+        loss.aux.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            feed(loss, case["s"].float(), case["t"].float(), case["y"])
+    assert torch.equal(exact.aux.sums, mixed.aux.sums)
+
+
 def test_needs():
     assert not IKL().requires.labels and not IKL().requires.relational and ready(IKL()).aux is None
     assert IKL(IKL.Config(class_prior=True)).requires.relational and IKL(IKL.Config(class_prior=True)).requires.labels
