@@ -1,4 +1,5 @@
-"""`synthkit export`: a bank as ImageFolder, parquet, WebDataset, MDS, npz, .pt or safetensors. No torch."""
+"""`synthkit export`: a bank as ImageFolder, parquet, WebDataset, MDS, npz, .pt or safetensors, without torch; or a
+trained student as safetensors, torch.export or ONNX."""
 
 from __future__ import annotations
 
@@ -9,13 +10,52 @@ from typing import TYPE_CHECKING, Any
 from synthkit.bank.export import Plan, format_class, formats, plan
 from synthkit.cli.arguments import Arguments, print_json
 from synthkit.config.fields import Option, describe, options_of
+from synthkit.errors import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+STUDENT_FORMATS = ("safetensors", "torch-export", "onnx")  # of distillation/student_export.py, which imports torch
+
+
 def main(argv: Sequence[str]) -> int:
     """Run `synthkit export ARGV...`; returns the exit code. Errors are raised as `SynthkitError`."""
+    sources = {flag for flag in ("--bank", "--student") if any(w.partition("=")[0] == flag for w in argv)}
+    if len(sources) == 2 or (argv and not sources and not {"-h", "--help"} & set(argv)):
+        got = "both" if sources else "neither"
+        raise UsageError("export: give exactly one of --bank and --student", got=got, hint="synthkit export --help")
+    if "--student" in sources:
+        return _export_student(argv)
+    return _export_bank(argv)
+
+
+def _export_student(argv: Sequence[str]) -> int:
+    about = (
+        "Write a trained classifier for use elsewhere: the weights with their card, or a graph that takes [0, 1] "
+        "images (torch-export, onnx) and is checked against the network before it counts. Nothing is overwritten."
+    )
+    parser = Arguments(prog="synthkit export", description=about)
+    parser.add_argument("--student", required=True, metavar="SPEC", help="run directory, card or other model spec")
+    parser.add_argument("--format", required=True, choices=STUDENT_FORMATS, help=", ".join(STUDENT_FORMATS))
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make: the file and card.yaml")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse(argv)
+    from synthkit.distillation.student_export import export_student
+    from synthkit.models.card import ModelCard
+
+    path = export_student(args.student, args.format, args.out)
+    card = ModelCard.load(path / "card.yaml")
+    facts = card.extra["export"]
+    if args.json:
+        print_json({"path": str(path), "bytes": _written(path), "weights": card.weights, **facts})
+        return 0
+    checked = f"the same logits to {facts['checked_to']:.1g}; " if "checked_to" in facts else ""
+    print(f"wrote {path / str(card.weights)} ({_size(_written(path))}); {checked}input {facts['input']}")
+    return 0
+
+
+def _export_bank(argv: Sequence[str]) -> int:
     chosen = _format_of(argv)
     parser = _parser(chosen)
     given = vars(parser.parse(argv))
@@ -78,7 +118,10 @@ def _options(chosen: str | None) -> dict[str, Option]:
 
 def _parser(chosen: str | None) -> Arguments:
     about = "Write a bank in another format. The target is there whole or not at all; nothing is overwritten."
-    after = "Options of a format: synthkit export --format NAME --help. What the formats are: synthkit list formats."
+    after = (
+        "Options of a format: synthkit export --format NAME --help. What the formats are: synthkit list formats. "
+        "A trained student instead of a bank: synthkit export --student SPEC --help."
+    )
     parser = Arguments(prog="synthkit export", description=about, epilog=None if chosen else after)
     parser.add_argument("--bank", required=True, metavar="BANK", help="bank directory")
     parser.add_argument("--format", required=True, metavar="FORMAT", help=", ".join(formats()))
