@@ -68,15 +68,21 @@ class DistillConfig:
     student: str
     """Model spec of the student; a name gives fresh weights."""
     teacher: str | None = None
-    """Model spec of the teacher; none takes the one that the bank names, or the stored logits."""
+    """Model spec of the teacher, or several (A,B: the mean of their softmaxes); none takes the one that the bank
+    names, or the stored logits."""
     loss: Any = None
     """Config of the loss (flags --loss.*)."""
     loss_name: str = "kd"
-    """Name in the loss table (flag --loss NAME)."""
+    """Name in the loss table, or a weighted sum of them with schedules (flag --loss "ce+0.9*kd+dkd@ramp20")."""
+    student_taps: str | None = None
+    """Where the student's feature maps are read: comma-separated dotted paths or stage names (stage2, layer3.1), each
+    with @pre for the map before its last ReLU; none takes the ends of the stages."""
+    teacher_taps: str | None = None
+    """The same for the teacher."""
     labels: Literal["none", "argmax", "stored"] = "none"
-    """Hard-label policy of the cross-entropy term: no term, the teacher's argmax, or the bank's labels."""
+    """Hard labels: none, the teacher's argmax, or the bank's. Losses that need labels (ce, dkd, ...) use them."""
     label_weight: float = 0.0
-    """Weight of the cross-entropy term on the hard labels."""
+    """Weight of a cross-entropy term on the hard labels beside the loss."""
     logits: Literal["auto", "live", "stored"] = "auto"
     """Teacher logits: live on the augmented image, or read from the bank; auto is live when a teacher is found."""
     label_set: str | None = None
@@ -95,20 +101,26 @@ class DistillConfig:
     """Global batch size."""
     lr: float | None = None
     """Peak learning rate."""
-    optimizer: Literal["sgd", "adamw", "adam"] | None = None
-    """Optimiser."""
+    accumulate: int = 1
+    """Micro-batches that a step is computed in, to save memory; the batch and what a loss compares stay the same."""
+    optimizer: Literal["sgd", "adamw", "adam", "dot"] | None = None
+    """Optimiser; dot is SGD with a momentum of its own for the labels' part of the loss (DOT)."""
     momentum: float | None = None
     """SGD momentum."""
     weight_decay: float | None = None
     """Weight decay on all parameters."""
+    ema: float = 0.0
+    """Also keep an exponential moving average of the weights with this decay per step (0: none); reported beside the
+    student, never instead of it."""
     schedule: Literal["cosine", "step", "constant"] | None = None
     """Learning-rate schedule."""
     warmup: float | None = None
     """Share of the steps with linear warm-up."""
     augment: str | None = None
     """Augmentation policy of the bank images; none follows the protocol."""
-    order: Literal["random", "easy2hard"] = "random"
-    """Order of the bank: uniform, or by stored difficulty from easy to hard."""
+    order: Literal["random", "easy2hard", "self_paced"] = "random"
+    """Order of the bank: uniform, by stored difficulty from easy to hard, or uniform with only the easiest samples of
+    every batch counted (by their present loss); the share grows from 0.3 to 1 in the first half of the run."""
     holdout: float = 0.05
     """Share of the bank kept out of training to measure agreement with the teacher."""
     eval_data: str | None = None

@@ -102,6 +102,8 @@ class Setup:
     epochs: int
     images: int
     """Images of the bank: `Batch.index` is below it."""
+    student_points: list[str] = field(default_factory=list)
+    """Dotted paths behind the student's maps, in their order."""
     student_classifier: nn.Linear | None = None
     """The student's last linear layer, in training (None where the network has none)."""
     teacher_classifier: nn.Linear | None = None

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from synthkit.config.schema import DistillConfig
-from synthkit.distillation.contract import Batch, Taps
-from synthkit.distillation.outputs import check_out, finish_run, save_network, short_hash, start_run
+from synthkit.distillation.assemble import assemble
+from synthkit.distillation.deployed import Deployed
+from synthkit.distillation.objective import LOOK_ROWS, Distillation
+from synthkit.distillation.outputs import check_out, finish_run, short_hash, start_run
 from synthkit.distillation.sources import (
     BatchSource,
     BlockShuffled,
@@ -28,9 +30,8 @@ from synthkit.distillation.sources import (
     bank_store,
 )
 from synthkit.distillation.task import DistillTask, check_task
-from synthkit.distillation.trainer import Objective, Trainer
+from synthkit.distillation.trainer import Trainer
 from synthkit.distillation.view_source import ViewRows, ViewSource
-from synthkit.logits import agreement_per_sample, ce_per_sample
 from synthkit.models.card import ModelCard
 from synthkit.models.view import ModelView, TeacherView
 from synthkit.runtime import RunDir, Runtime, format_bytes
@@ -228,33 +229,28 @@ class _Job:
             self.runtime.say(f"  note: {needed:,} views are needed, {stored}")
         return source
 
-    def objective(self, control: bool) -> Objective:
-        """The loss of one batch: the distillation loss plus the cross-entropy on hard labels where asked for."""
-        task, cfg = self.task, self.cfg
-        live = task.live or control
-        policy = "argmax" if control and cfg.labels == "stored" else cfg.labels
+    def objective(self, view: ModelView, seed: int, control: bool) -> Distillation:
+        """The loss, set up on this student."""
+        needs, labels = self.task.loss.requires, None
+        if needs.index and needs.labels:
+            labels = self.bank_labels(control)
+        return assemble(self.task, view, seed=seed, control=control, bank_labels=labels)
 
-        def compute(student: ModelView, batch: Batch) -> dict[str, torch.Tensor]:
-            target = self.teacher_logits(batch.images) if live else batch.logits
-            assert target is not None  # check_task saw to it
-            logits = student(batch.images).float()
-            if policy != "none":
-                batch.labels = target.argmax(dim=1) if policy == "argmax" else batch.labels
-            parts = {k: v.mean() for k, v in task.loss(Taps(logits=logits), Taps(logits=target), batch).items()}
-            if policy != "none" and batch.labels is not None:
-                parts["label_ce"] = cfg.label_weight * ce_per_sample(logits, batch.labels).mean()
-            total = torch.stack(list(parts.values())).sum()
-            shown = parts if len(parts) > 1 else {}
-            return {"loss": total, "agreement": agreement_per_sample(logits.detach(), target).mean(), **shown}
-
-        return compute
-
-    def teacher_logits(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, K) float32 teacher logits, usable in a loss."""
-        assert self.task.teacher is not None
-        with torch.inference_mode():
-            logits = self.task.teacher(images).float()
-        return logits.clone()  # a normal tensor: inference tensors cannot be saved for backward
+    def bank_labels(self, control: bool) -> torch.Tensor:
+        """(images,) int64: the label of every image under the label policy."""
+        task = self.task
+        real = task.control_data if control else None
+        if real is None and self.cfg.labels == "stored":
+            return torch.from_numpy(np.asarray(task.bank.column("labels")).astype(np.int64))
+        assert task.teacher is not None  # a loss that remembers images reads features
+        store = self.store() if real is None else ResidentStore(real.images, None, None, self.runtime.device)
+        count = len(task.bank) if real is None else len(real)
+        found = []
+        for start in range(0, count, LOOK_ROWS):
+            images = store.gather(np.arange(start, min(start + LOOK_ROWS, count))).images
+            with torch.inference_mode():
+                found.append(task.teacher(images).argmax(dim=1))
+        return torch.cat(found).clone()
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
@@ -279,6 +275,19 @@ class _Job:
                 figures["retention"] = scores["top1"] / max(scores["teacher_top1"], 1e-9)
         return figures
 
+    def judge(self, trainer: Trainer, objective: Distillation, student: TeacherView, *, final: bool) -> dict[str, Any]:
+        """Figures of what would be used, and beside them of the student alone and of the moving average."""
+        deployed = Deployed(trainer, objective.loss)
+        whole = deployed.view()
+        figures = self.evaluate(student if whole is None else whole, final=final)
+        if whole is not None:
+            figures |= {f"plain_{k}": v for k, v in self.evaluate(student, final=False).items()}
+            figures |= deployed.costs()
+        if trainer.average is not None:
+            average = self.evaluate(trainer.frozen(trainer.average), final=False)
+            figures |= {f"ema_{k}": v for k, v in average.items()}
+        return figures
+
     # --- one run ------------------------------------------------------------------------------------------------------
 
     def run(self, path: Path, seed: int, *, control: bool = False) -> dict[str, Any]:
@@ -297,26 +306,29 @@ class _Job:
         facts = {"protocol": task.protocol, "plan": plan.to_dict(), "changed": task.changed, "notes": task.notes}
         run = start_run(path, own, self.runtime, command="distill", seed=seed, world=self.runtime.world, **facts)
         name = f"control {cfg.control.split(':')[0]}" if control else f"distill {loaded.card.arch} seed {seed}"
+        objective = self.objective(view, seed, control)
         trainer = Trainer(
             runtime=self.runtime,
             view=view,
-            objective=self.objective(control),
+            objective=objective,
             source=source,
             plan=plan,
             run_dir=run,
             seed=seed,
             description=name,
-            on_epoch=lambda epoch, frozen: self.evaluate(frozen, final=epoch == trainer.epochs),
+            on_epoch=lambda epoch, frozen: self.judge(trainer, objective, frozen, final=epoch == trainer.epochs),
             eval_every=cfg.eval_every,
+            accumulate=cfg.accumulate,
+            ema=cfg.ema,
         )
-        if found is not None:
-            trainer.restore()
+        if found is None or not trainer.restore():
+            objective.loss.prepare(objective.looks(source))
         result = {**self.facts(loaded.card.arch, control), "seed": seed, **trainer.fit()}
         best = max((r["top1"] for r in run.metrics() if "top1" in r), default=None) if self.runtime.is_main else None
         if best is not None and cfg.eval_every:
             result["best_top1_diagnostic"] = best  # chosen on the test data, so never the headline
         if self.runtime.is_main:
-            save_network(run, trainer.network, self.card(loaded.card, result), "student.safetensors")
+            Deployed(trainer, objective.loss).save(run, lambda: self.card(loaded.card, result))
             run.write_json("result.json", result)
             finish_run(run, seconds=result["seconds"], wall_seconds=time.monotonic() - began)
             trainer.state.clear()
@@ -351,7 +363,6 @@ class _Job:
         """The card of the finished student."""
         cfg, task, bank = self.cfg, self.task, self.task.bank
         data = task.eval_data
-        loss = task.loss.config  # type: ignore[attr-defined]  # every loss keeps its config
         return ModelCard(
             arch=student.arch,
             num_classes=student.num_classes,
@@ -365,7 +376,7 @@ class _Job:
             extra={
                 "teacher": task.teacher_facts,
                 "bank": {"path": str(bank.path.resolve()), "uuid": bank.record.get("uuid")},
-                "loss": {"name": cfg.loss_name, **asdict(loss)},
+                "loss": {"name": cfg.loss_name, **asdict(task.loss.config)},
                 "labels": {"policy": cfg.labels, "weight": cfg.label_weight},
                 "protocol": task.protocol,
                 "seed": result["seed"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from synthkit.distillation.contract import Batch, Look, Loss, Setup, Taps
+from synthkit.distillation.contract import Batch, Look, Loss, Taps
 from synthkit.distillation.sources import BatchSource, NoiseSource, StoreSource, torch_generator
 from synthkit.logits import agreement_per_sample, ce_per_sample
 
@@ -56,8 +56,11 @@ class Objective(Protocol):
 
     relational: bool
     """Whether `figures` must see the whole global batch at once."""
-    aux: nn.Module | None
-    """Further modules to train."""
+
+    @property
+    def aux(self) -> nn.Module | None:
+        """Further modules to train."""
+        ...
 
     def look(self, batch: Batch) -> Seen: ...
     def figures(self, seen: Seen) -> Figures: ...
@@ -227,27 +230,6 @@ def paced(values: dict[str, Tensor], share: float) -> dict[str, Tensor]:
 def drawer(seed: int, step: int) -> Callable[[str], torch.Generator]:
     """`Batch.draw` of one step."""
     return lambda name: torch_generator(seed, "loss", step, zlib.crc32(name.encode()))
-
-
-def build_setup(
-    student: TapSet, teacher: TapSet | None, *, student_view: Any, teacher_view: Any, **known: Any
-) -> Setup:
-    """What a loss is set up with: the probed shapes, both classifiers, and the facts `known`."""
-    from synthkit.distillation.contract import Shapes
-
-    return Setup(
-        student=student.shapes,
-        teacher=Shapes() if teacher is None else teacher.shapes,
-        num_classes=student_view.num_classes,
-        student_classifier=_classifier(student_view),
-        teacher_classifier=None if teacher_view is None else _classifier(teacher_view),
-        **known,
-    )
-
-
-def _classifier(view: Any) -> nn.Linear | None:
-    linears = [m for m in getattr(view, "module", nn.Module()).modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears else None
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------

@@ -20,15 +20,16 @@ from synthkit.bank.labels.stored import StoredLogits, has_logits, transform_note
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.specs import load_data
+from synthkit.distillation.assemble import assemble, make_loss, placeholder_labels
+from synthkit.distillation.checks import check_labels, check_logits, check_needs, fresh_share
 from synthkit.distillation.contract import Loss
-from synthkit.distillation.label_sets import label_set_of, note_topk
+from synthkit.distillation.label_sets import label_set_of
 from synthkit.distillation.protocols import Plan, distill_plan
 from synthkit.distillation.sources import split_holdout, stream_seed
 from synthkit.errors import ConfigError, DataError, ModelError, RequirementError
 from synthkit.evaluation.metrics import matched
 from synthkit.models.build import LoadedModel, load_model
 from synthkit.models.view import ModelView, TeacherView
-from synthkit.tables import lookup
 
 if TYPE_CHECKING:
     from synthkit.data.real import RealData
@@ -98,7 +99,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     bank = Bank(local_bank(cfg.bank))
     if len(bank) == 0:
         raise DataError(f"bank {cfg.bank} holds no image yet", hint="finish it with synthkit synthesize --resume")
-    loss = _loss(cfg)
+    loss = make_loss(cfg)
     protocol, plan, changed = distill_plan(cfg, bank.shape)
     check_policy(plan.augment)
     if cfg.seeds < 1:
@@ -111,9 +112,10 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         plan = dataclasses.replace(plan, augment="none")  # the views are the augmentation
     plan = _fit_batch(cfg, plan, labels, len(train), notes)
     teacher, facts = _teacher(cfg, bank, labels, notes)
-    live = _check_logits(cfg, bank, labels, teacher, plan, loss, notes)
-    _check_labels(cfg, bank, loss, live)
-    fresh = _fresh_share(cfg, bank, live)
+    live = check_logits(cfg, bank, labels, teacher, plan, loss, notes)
+    check_labels(cfg, bank, loss, live)
+    fresh = fresh_share(cfg, bank, live, loss.requires)
+    check_needs(cfg, bank, labels, plan, loss.requires, notes)
     if cfg.order == "easy2hard" and not bank.has("difficulty"):
         raise RequirementError(
             f"order easy2hard: bank {cfg.bank} stores no difficulty", hint="use --order random, or another bank"
@@ -127,7 +129,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         notes.append(said)
     if not bank.complete:
         notes.append(f"the bank is unfinished: {len(bank)} of {bank.spec.images} images are used")
-    return DistillTask(
+    task = DistillTask(
         cfg=cfg,
         bank=bank,
         loss=loss,
@@ -146,22 +148,16 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         control_augment=control_augment,
         notes=notes,
     )
+    _try_loss(task)
+    return task
 
 
-def _loss(cfg: DistillConfig) -> Loss:
-    kind = lookup("loss", cfg.loss_name)
-    config = cfg.loss
-    if config is None:
-        config = kind.Config()
-    elif isinstance(config, dict):
-        known = [f.name for f in dataclasses.fields(kind.Config)]
-        for key in config:
-            if key not in known:
-                raise ConfigError(f"loss {cfg.loss_name}: no such option", got=key, allowed=known)
-        config = kind.Config(**config)
-    elif not isinstance(config, kind.Config):
-        raise ConfigError(f"loss {cfg.loss_name}: its config is needed", got=type(config).__qualname__)
-    return kind(config)
+def _try_loss(task: DistillTask) -> None:
+    """Set the loss up once on both networks: what it cannot work with is found out here."""
+    view = task.student(task.cfg.seed)[1]
+    needs = task.loss.requires
+    labels = placeholder_labels(task) if needs.index and needs.labels else None
+    assemble(task, view, seed=task.cfg.seed, bank_labels=labels)
 
 
 def _fit_batch(cfg: DistillConfig, plan: Plan, labels: LabelSet | None, images: int, notes: list[str]) -> Plan:
@@ -241,73 +237,6 @@ def check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, 
             f"{what} {spec!r} takes images of {size}, the bank {bank.path} holds {tuple(bank.shape)}",
             hint="use a model of that input size, or make a bank for this one",
         )
-
-
-def _check_logits(
-    cfg: DistillConfig,
-    bank: Bank,
-    labels: LabelSet | None,
-    teacher: TeacherView | None,
-    plan: Plan,
-    loss: Loss,
-    notes: list[str],
-) -> bool:
-    if cfg.logits == "stored" and labels is None and not has_logits(bank):
-        raise RequirementError(
-            f"logits stored: bank {cfg.bank} has none",
-            hint="use --logits live with a teacher, or make some: synthkit relabel",
-        )
-    if cfg.logits == "live" and teacher is None:
-        raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
-    live = teacher is not None and cfg.logits != "stored" and labels is None
-    if not live:
-        note_topk(bank, labels, loss, notes)
-    if not live and plan.augment != "none":
-        notes.append(
-            f"stored logits belong to the images as they are, but augment is {plan.augment}: the student is told the "
-            "same target for every view, which is another method than live logits (use --augment none to avoid it)"
-        )
-    return live
-
-
-def _check_labels(cfg: DistillConfig, bank: Bank, loss: Loss, live: bool) -> None:
-    if cfg.label_weight < 0:
-        raise ConfigError("label_weight must not be negative", got=cfg.label_weight)
-    if (cfg.labels == "none") != (cfg.label_weight == 0):
-        raise ConfigError(
-            "labels and label_weight go together",
-            got=f"--labels {cfg.labels} --label_weight {cfg.label_weight}",
-            hint="give both (--labels argmax --label_weight 0.1) or neither",
-        )
-    if cfg.labels == "stored" and (not bank.has("labels") or bank.spec.label_kind == "none"):
-        raise RequirementError(f"labels stored: bank {cfg.bank} has no labels", hint="use --labels argmax")
-    if loss.requires.labels and cfg.labels == "none":
-        raise RequirementError(f"loss {cfg.loss_name} needs hard labels", hint="use --labels argmax")
-    if loss.requires.live_teacher and not live:
-        raise RequirementError(f"loss {cfg.loss_name} needs the teacher itself", hint="give --teacher --logits live")
-
-
-DEFAULT_FRESH = 0.5  # the best mixture measured: assets/results/fresh_mixture_mnist.json
-
-
-def _fresh_share(cfg: DistillConfig, bank: Bank, live: bool) -> float:
-    """The share of every batch that is drawn from the generator snapshots."""
-    if cfg.fresh is None:
-        return DEFAULT_FRESH if live and cfg.labels != "stored" and bank.generators() else 0.0
-    if not 0 <= cfg.fresh <= 1:
-        raise ConfigError("fresh is a share in [0, 1]", got=cfg.fresh)
-    if cfg.fresh == 0:
-        return 0.0
-    if not live:
-        raise RequirementError("fresh images need a live teacher", hint="give --teacher and leave --logits stored out")
-    if cfg.labels == "stored":
-        raise RequirementError("fresh images have no stored labels", hint="use --labels argmax or none")
-    if not bank.generators():
-        raise RequirementError(
-            f"fresh: bank {cfg.bank} holds no generator snapshots",
-            hint="leave --fresh out, or make the bank with a generator method (e.g. cudfkd)",
-        )
-    return cfg.fresh
 
 
 def load_student(cfg: DistillConfig, bank: Bank, seed: int) -> tuple[LoadedModel, ModelView]:

@@ -6,7 +6,7 @@ import importlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -141,8 +141,24 @@ def _from_card(
             hint=f"sha256 of the file {sha256}, of the card {card.sha256}; fetch the file again or correct the card",
         )
     state = read_state_dict(file)
-    module = _fitted(arch, state, str(file), **shape)
+    head = card.extra.get("head")
+    module = _fitted(arch, state, str(file), **shape) if head is None else _with_head(arch, head, state, spec, **shape)
     return LoadedModel(module=module, card=card, spec=spec, path=file, sha256=sha256)
+
+
+def _with_head(arch: str, head: Any, state: State, spec: str, **shape: int) -> nn.Module:
+    """A student with the modules that its loss deployed, built again by the loss."""
+    from synthkit.tables import lookup
+
+    if (
+        not isinstance(head, dict)
+        or not isinstance(head.get("loss"), str)
+        or not isinstance(head.get("settings"), dict)
+    ):
+        raise ModelError(f"{spec}: the card's head must hold loss and settings", got=head)
+    module = lookup("loss", head["loss"]).rebuild(build_model(arch, **shape, seed=0), head["settings"])
+    fit_state_dict(module, state, f"{spec} ({arch} with {head['loss']})")
+    return module.eval()
 
 
 def _pretrained(spec: str, arch: str, asked: Asked) -> LoadedModel:

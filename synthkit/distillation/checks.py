@@ -1,0 +1,127 @@
+"""May this loss be trained on this bank with these labels? Refused before any work, with the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from synthkit.bank import Bank, LabelSet
+from synthkit.bank.labels.stored import has_logits
+from synthkit.config.schema import DistillConfig
+from synthkit.distillation.contract import Loss, LossNeeds
+from synthkit.distillation.label_sets import note_topk
+from synthkit.distillation.protocols import Plan
+from synthkit.errors import ConfigError, RequirementError
+
+if TYPE_CHECKING:
+    from synthkit.models.view import TeacherView
+
+
+def check_logits(
+    cfg: DistillConfig,
+    bank: Bank,
+    labels: LabelSet | None,
+    teacher: TeacherView | None,
+    plan: Plan,
+    loss: Loss,
+    notes: list[str],
+) -> bool:
+    if cfg.logits == "stored" and labels is None and not has_logits(bank):
+        raise RequirementError(
+            f"logits stored: bank {cfg.bank} has none",
+            hint="use --logits live with a teacher, or make some: synthkit relabel",
+        )
+    if cfg.logits == "live" and teacher is None:
+        raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
+    live = teacher is not None and cfg.logits != "stored" and labels is None
+    if not live:
+        note_topk(bank, labels, loss, notes)
+    if not live and plan.augment != "none":
+        notes.append(
+            f"stored logits belong to the images as they are, but augment is {plan.augment}: the student is told the "
+            "same target for every view, which is another method than live logits (use --augment none to avoid it)"
+        )
+    return live
+
+
+def check_labels(cfg: DistillConfig, bank: Bank, loss: Loss, live: bool) -> None:
+    if cfg.label_weight < 0:
+        raise ConfigError("label_weight must not be negative", got=cfg.label_weight)
+    if (
+        cfg.labels == "none"
+        and cfg.label_weight
+        or cfg.labels != "none"
+        and not (cfg.label_weight or loss.requires.labels)
+    ):
+        raise ConfigError(
+            "labels and label_weight go together",
+            got=f"--labels {cfg.labels} --label_weight {cfg.label_weight}",
+            hint="give both (--labels argmax --label_weight 0.1) or neither; losses that use labels need no weight",
+        )
+    if cfg.labels == "stored" and (not bank.has("labels") or bank.spec.label_kind == "none"):
+        raise RequirementError(f"labels stored: bank {cfg.bank} has no labels", hint="use --labels argmax")
+    if loss.requires.labels and cfg.labels == "none":
+        stored = " or --labels stored" if bank.has("labels") and bank.spec.label_kind != "none" else ""
+        raise RequirementError(f"loss {cfg.loss_name} needs hard labels", hint=f"use --labels argmax{stored}")
+    needs = loss.requires
+    if (needs.live_teacher or needs.teacher or needs.teacher_classifier) and not live:
+        what = "features of the teacher" if needs.teacher else "the teacher itself"
+        raise RequirementError(
+            f"loss {cfg.loss_name} needs {what}, not only its stored logits",
+            hint="give --teacher, a model spec, and leave --logits stored and --label_set out",
+        )
+
+
+def check_needs(
+    cfg: DistillConfig, bank: Bank, labels: LabelSet | None, plan: Plan, needs: LossNeeds, notes: list[str]
+) -> None:
+    """What a loss needs of the bank, the batch and the number of teachers."""
+    who = f"loss {cfg.loss_name}"
+    if needs.index:
+        if not bank.complete:
+            raise RequirementError(
+                f"{who} remembers every image, and the bank is unfinished ({len(bank)} of {bank.spec.images} images)",
+                hint="finish it with synthkit synthesize --resume",
+            )
+        if labels is not None and labels.kind == "views":
+            raise RequirementError(f"{who} remembers every image, and stored views mix them", hint="use --logits live")
+        if cfg.control == "noise":
+            raise RequirementError(f"{who} remembers every image; noise is new in every step", hint="--control DATA")
+    if cfg.accumulate < 1 or plan.batch_size % cfg.accumulate:
+        raise ConfigError("accumulate must divide the batch size", got=f"{plan.batch_size} / {cfg.accumulate}")
+    if plan.batch_size // cfg.accumulate < 2:
+        raise ConfigError("accumulate leaves one image per micro-batch", got=cfg.accumulate, hint="use a smaller one")
+    if plan.optimizer == "dot" and cfg.accumulate > 1 and (needs.relational or cfg.order == "self_paced"):
+        raise ConfigError(f"optimizer dot cannot accumulate with {who}, which compares samples", hint="--accumulate 1")
+    if not 0 <= cfg.ema < 1:
+        raise ConfigError("ema is a decay in [0, 1)", got=cfg.ema, hint="0.999 is usual")
+    if cfg.ema and needs.deploys:
+        raise ConfigError(f"ema: {who} deploys modules that have no moving average", got=cfg.ema, hint="--ema 0")
+    if plan.batch_size < needs.smallest_batch:
+        notes.append(f"{who} compares the samples of a batch: {plan.batch_size} are few, {needs.smallest_batch} usual")
+
+
+DEFAULT_FRESH = 0.5  # the best mixture measured: assets/results/fresh_mixture_mnist.json
+
+
+def fresh_share(cfg: DistillConfig, bank: Bank, live: bool, needs: LossNeeds) -> float:
+    """The share of every batch that is drawn from the generator snapshots."""
+    if needs.index and cfg.fresh:
+        raise RequirementError(f"loss {cfg.loss_name} remembers every image: fresh ones have no row", hint="--fresh 0")
+    if cfg.fresh is None:
+        if needs.index:
+            return 0.0
+        return DEFAULT_FRESH if live and cfg.labels != "stored" and bank.generators() else 0.0
+    if not 0 <= cfg.fresh <= 1:
+        raise ConfigError("fresh is a share in [0, 1]", got=cfg.fresh)
+    if cfg.fresh == 0:
+        return 0.0
+    if not live:
+        raise RequirementError("fresh images need a live teacher", hint="give --teacher and leave --logits stored out")
+    if cfg.labels == "stored":
+        raise RequirementError("fresh images have no stored labels", hint="use --labels argmax or none")
+    if not bank.generators():
+        raise RequirementError(
+            f"fresh: bank {cfg.bank} holds no generator snapshots",
+            hint="leave --fresh out, or make the bank with a generator method (e.g. cudfkd)",
+        )
+    return cfg.fresh
