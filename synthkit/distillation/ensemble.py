@@ -72,7 +72,8 @@ class TeacherEnsemble(TeacherView):
             class_names=names,
             name="+".join(m.name for m in members),
         )
-        self.teachers, self.combine_by = list(members), combine
+        self.teachers = list(members)
+        self.combine_by: Combine = combine
         self.weights = [w / sum(weights) for w in weights] if weights else [1 / len(members)] * len(members)
 
     def to(self, device: torch.device | str, *, channels_last: bool = False):
