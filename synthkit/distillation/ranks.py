@@ -170,7 +170,7 @@ class _RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         return torch.addcmul(self.bias.view(shape), centred, (scale * self.weight).view(shape)).to(input.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        if self.running_mean is None or self.running_var is None or not self.training:
+        if self.running_mean is None or self.running_var is None or not (self.training and self.track_running_stats):
             return
         factor: Any = self.momentum
         if self.num_batches_tracked is not None:

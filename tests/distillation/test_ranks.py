@@ -261,6 +261,11 @@ def test_batchnorm_is_torchs(as_if_two, options, dtype):
         torch.testing.assert_close(y, torchs(torch.cat([x, x]))[:4], rtol=0, atol=tolerance)
     for (key, value), expected in zip(own.state_dict().items(), torchs.state_dict().values(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=tolerance, msg=lambda m, k=key: k + m)
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    own.track_running_stats = False  # as for a pass that must leave no trace
+    own(x)
+    own.track_running_stats = torchs.track_running_stats
+    assert all(torch.equal(before[key], value) for key, value in own.state_dict().items())
     own.eval(), torchs.eval()
     torch.testing.assert_close(own(x), torchs(x), rtol=0, atol=tolerance)
 
