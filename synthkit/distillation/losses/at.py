@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from synthkit.distillation.contract import Batch, Loss, LossNeeds, Taps
+from synthkit.distillation.contract import Batch, Loss, LossNeeds, Setup, Taps
 from synthkit.distillation.losses.common import reduce
-from synthkit.distillation.losses.maps import attention, pairs, pool_to_smaller
+from synthkit.distillation.losses.maps import attention, pairs, pool_to_smaller, require_space
 from synthkit.errors import ConfigError
 from synthkit.lazy import torch
 
@@ -51,11 +51,14 @@ class AT(Loss):
         """Exponent of the activations: higher looks more at the strongest positions."""
 
         def __post_init__(self):
-            if not self.power > 0:
-                raise ConfigError("loss.power must be above 0", got=self.power, hint="2 is usual")
+            if not self.power >= 1:  # below it the gradient at 0 is infinite, and ReLU gives many zeros
+                raise ConfigError("loss.power must be at least 1", got=self.power, hint="2 is usual")
 
     requires = LossNeeds(student=("maps",), teacher=("maps",))
     beta = 1000.0
+
+    def setup(self, setup: Setup) -> None:
+        require_space("at", pairs(setup.student.maps, setup.teacher.maps))
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         assert student.maps and teacher.maps  # required above

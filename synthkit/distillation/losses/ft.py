@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from synthkit.distillation.contract import Batch, Look, Loss, LossNeeds, Setup, Taps
 from synthkit.distillation.losses.common import reduce
-from synthkit.distillation.losses.maps import attention, pool_to_smaller, widen
+from synthkit.distillation.losses.maps import attention, pool_to_smaller, require_space, widen
 from synthkit.errors import ConfigError, NonFiniteError
 from synthkit.lazy import F, torch
 
@@ -82,6 +82,7 @@ class FT(Loss):
     def setup(self, setup: Setup) -> None:
         from synthkit.models.init import seeded
 
+        require_space("ft", [(setup.student.maps[-1], setup.teacher.maps[-1])])
         s, t = setup.student.maps[-1][0], setup.teacher.maps[-1][0]
         factor = max(1, int(t * self.config.ratio))
         conv, transposed = torch.nn.Conv2d, torch.nn.ConvTranspose2d

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from synthkit.errors import ConfigError
 from synthkit.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -30,6 +31,20 @@ def pairs(student: list, teacher: list) -> list[tuple]:
     """Stage by stage from the start, cut to the shorter list, as the reference code does. Where the numbers of stages
     differ, choose the tapped points so that the wanted stages meet."""
     return list(zip(student, teacher, strict=False))
+
+
+def require_space(loss: str, stages: list[tuple[MapShape, MapShape]]) -> None:
+    """Losses that normalise over positions are constant on maps of one position: no gradient, without a word.
+
+    Raises:
+        ConfigError: no pair of maps has more than one position in common.
+    """
+    if all(min(s[1], t[1]) * min(s[2], t[2]) == 1 for s, t in stages):
+        raise ConfigError(
+            f"loss {loss} compares positions, and every pair of maps has a single one",
+            got=[(tuple(s), tuple(t)) for s, t in stages],
+            hint="tap earlier stages, or use a loss of pooled features",
+        )
 
 
 def mean_per_sample(values: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from synthkit.distillation.contract import Batch, Loss, LossNeeds, Taps
+from synthkit.distillation.contract import Batch, Loss, LossNeeds, Setup, Taps
 from synthkit.distillation.losses.common import reduce
-from synthkit.distillation.losses.maps import full_precision, mean_per_sample, pairs, pool_to_smaller
+from synthkit.distillation.losses.maps import full_precision, mean_per_sample, pairs, pool_to_smaller, require_space
 from synthkit.lazy import F, torch
 
 if TYPE_CHECKING:
@@ -54,6 +54,9 @@ class NST(Loss):
 
     requires = LossNeeds(student=("maps",), teacher=("maps",))
     beta = 50.0
+
+    def setup(self, setup: Setup) -> None:
+        require_space("nst", pairs(setup.student.maps, setup.teacher.maps))
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         assert student.maps and teacher.maps  # required above

@@ -58,5 +58,9 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_bad_power_is_refused():
-    with pytest.raises(ConfigError, match="loss.power"):
-        AT.Config(power=0)
+    for value in (0.0, 0.5, float("nan")):  # below 1 zeros have no finite gradient
+        with pytest.raises(ConfigError, match="loss.power"):
+            AT.Config(power=value)
+    zeros = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    at_loss(zeros, torch.ones(2, 3, 2, 2), power=1.0).backward()
+    assert zeros.grad is not None and bool(torch.isfinite(zeros.grad).all())
