@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synthkit.data.policies import POLICIES
+from synthkit.data.policies import POLICIES, mixes
 from synthkit.errors import ConfigError
 
 SHIFT_PIXELS = 2
@@ -44,9 +44,28 @@ def augment(images: Tensor, policy: str, generator: torch.Generator) -> Tensor:
         return random_affine(images, generator)
     if policy == "shift":
         return _crop_flip(images, (SHIFT_PIXELS, SHIFT_PIXELS), False, generator)
+    if policy.startswith(("rrc_flip", "patches_")) or mixes(policy):
+        return _composed(images, policy, generator)
     pad = (0, 0) if policy == "flip" else (max(1, images.shape[2] // 8), max(1, images.shape[3] // 8))
     out = _crop_flip(images, pad, policy != "crop", generator)
     return cutout(out, generator) if policy == "crop_flip_cutout" else out
+
+
+def _composed(images: Tensor, policy: str, generator: torch.Generator) -> Tensor:
+    """Policies of several steps: where the pixels come from, then how images are mixed."""
+    from synthkit.data import mixing  # reads the views of banks, which read augmented images
+
+    size = (images.shape[2], images.shape[3])
+    if policy.startswith("patches_"):
+        images = mixing.shuffled_patches(images, generator)
+        images = mixing.resized_crop_flip(images, generator, scale=(0.5, 1.0), size=size)
+    elif policy.startswith("rrc_flip"):
+        images = mixing.resized_crop_flip(images, generator)
+    else:
+        images = augment(images, policy.removesuffix("_cutmix").removesuffix("_mixup"), generator)
+    if policy.endswith("_cutmix"):
+        return mixing.cutmix(images, generator)
+    return mixing.mixup(images, generator) if policy.endswith("_mixup") else images
 
 
 def check_policy(policy: str) -> str:

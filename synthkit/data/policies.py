@@ -10,4 +10,32 @@ POLICIES: dict[str, str] = {
     "shift": "random shift of up to 2 pixels in each direction, zero filled (MNIST)",
     "affine": "random rotation of +-15 degrees, scale 0.9-1.1, translation of +-10 % (kornia), zero filled",
     "crop_flip_cutout": "crop, flip, and a square of half the side set to the batch mean (cutout)",
+    "rrc_flip": "random resized crop (area 0.08-1, ratio 3/4-4/3, antialiased) and flip: the usual one of ImageNet",
+    "rrc_flip_cutmix": "rrc_flip, then CutMix (alpha 1): a box of every image from another one of the batch",
+    "rrc_flip_mixup": "rrc_flip, then mixup (alpha 0.8): every image blended with another one of the batch",
+    "crop_flip_cutmix": "crop_flip, then CutMix (alpha 1)",
+    "crop_flip_mixup": "crop_flip, then mixup (alpha 0.8)",
+    "flip_cutmix": "flip, then CutMix (alpha 1)",
+    "patches_rrc_flip_cutmix": "2 x 2 patches in random order, crop of area 0.5-1, flip, CutMix (RDED, EDC)",
 }
+
+
+def mixes(policy: str) -> bool:
+    """Whether images of a batch are mixed: the teacher has to see the mixed image, and a hard label is half true."""
+    return policy.endswith(("_cutmix", "_mixup"))
+
+
+def mixing_note(policy: str, labels: str, *, live: bool) -> str | None:
+    """What to say where mixed images meet targets that are not the teacher's answer to them; None: nothing.
+
+    Args:
+        policy: of the images. labels: the policy of hard labels (none, argmax, stored). live: whether the teacher
+            scores the images as they are shown.
+    """
+    if not mixes(policy):
+        return None
+    if not live:
+        return f"augment {policy} mixes images, but stored logits belong to unmixed ones: use a live teacher or views"
+    if labels == "stored":
+        return f"augment {policy}: a mixed image has the label of the image that was there first"
+    return None

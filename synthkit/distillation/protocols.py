@@ -1,120 +1,57 @@
 """Named presets of batch, optimiser, schedule and augmentation. No torch.
 
 A protocol is never mixed silently: the effective plan is printed, stored in run.json, and says which values came from
-flags. Sources: ../shared methods cards kd.md §1.1 (`cifar-kd`) and dfkd.md §1.1 (`dfkd`); `bank-fast` and `mnist` are
-synthkit's own.
+flags; the loss that a protocol stands for, or puts beside a method, is said (`beside_note`), never added. Sources:
+methods cards kd.md 1 and 7 (`crd`, `simkd`, `imagenet`, `fast`, `fkd`), dfkd.md 1.1 (`dfkd`), largescale.md 1 and 10
+(post-training of distilled banks); `bank-fast` and `mnist` are synthkit's own.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from synthkit.config.schema import DistillConfig, TeachConfig
+from synthkit.distillation.plan import OPTIMIZERS, SCHEDULES, Plan, Schedule
+from synthkit.distillation.weighted import parse_terms
 from synthkit.errors import ConfigError
 
-Schedule = Literal["cosine", "step", "constant"]
-SCHEDULES = ("cosine", "step", "constant")
-OPTIMIZERS = ("sgd", "adamw", "adam")
+__all__ = [
+    "OPTIMIZERS", "PROTOCOLS", "SCHEDULES", "Plan", "Protocol", "Schedule", "beside_note", "distill_plan",
+    "protocol_for", "teach_plan",
+]  # fmt: skip
+
 _LIGHT = ("mobile", "shuffle")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a network is optimised."""
-
-    batch_size: int = 128
-    """Global batch size."""
-    epochs: int | None = None
-    """Passes over the training images; None when `steps` counts."""
-    steps: int | None = None
-    """Optimiser steps; None when `epochs` counts."""
-    lr: float = 0.05
-    """Peak learning rate."""
-    optimizer: str = "sgd"
-    """sgd, adamw or adam."""
-    momentum: float = 0.9
-    """Momentum of SGD; not read by the others."""
-    nesterov: bool = False
-    """Nesterov momentum of SGD."""
-    weight_decay: float = 5e-4
-    """On all parameters, BatchNorm and biases included."""
-    schedule: str = "cosine"
-    """cosine (to 0), step (times `gamma` at `milestones`) or constant."""
-    milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
-    """Shares of the whole run at which a step schedule falls."""
-    gamma: float = 0.1
-    """Factor at a milestone."""
-    warmup: float = 0.0
-    """Share of the steps with linear warm-up from lr / warm-up steps."""
-    per_epoch: bool = False
-    """Change the rate at epoch boundaries only (as `scheduler.step()` after each epoch does)."""
-    augment: str = "none"
-    """Augmentation policy (synthkit/data/augment.py)."""
-
-    def __post_init__(self):
-        for name in ("epochs", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1", got=value)
-        if self.batch_size < 2:
-            raise ConfigError("batch_size must be at least 2 (BatchNorm needs two samples)", got=self.batch_size)
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ConfigError("lr must be a positive number", got=self.lr)
-        if self.weight_decay < 0:
-            raise ConfigError("weight_decay must not be negative", got=self.weight_decay)
-        if not 0 <= self.momentum < 1:
-            raise ConfigError("momentum must be in [0, 1)", got=self.momentum)
-        if not 0 <= self.warmup < 1:
-            raise ConfigError("warmup is a share of the steps in [0, 1)", got=self.warmup)
-        if self.schedule not in SCHEDULES:
-            raise ConfigError("schedule: not known", got=self.schedule, allowed=SCHEDULES)
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError("optimizer: not known", got=self.optimizer, allowed=OPTIMIZERS)
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Optimiser steps of the whole run."""
-        return self.steps if self.steps is not None else (self.epochs or 1) * steps_per_epoch
-
-    def lr_at(self, step: int, total: int, steps_per_epoch: int) -> float:
-        """Learning rate of step `step` (from 0) of `total`."""
-        warm = int(round(self.warmup * total))
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        if self.schedule == "constant":
-            return self.lr
-        at = step // steps_per_epoch * steps_per_epoch if self.per_epoch else step
-        if self.schedule == "step":
-            passed = sum(at >= round(share * total) for share in self.milestones)
-            return self.lr * self.gamma**passed
-        progress = max(at - warm, 0) / max(total - warm, 1)
-        return self.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-
-    def describe(self) -> str:
-        """One line: what the network is trained with."""
-        length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs or 1} epochs"
-        detail = f" momentum {self.momentum:g}" + (" nesterov" if self.nesterov else "")
-        warm = f" after {100 * self.warmup:g} % warm-up" if self.warmup else ""
-        return (
-            f"{self.optimizer}{detail if self.optimizer == 'sgd' else ''}, lr {self.lr:g} {self.schedule}{warm}, "
-            f"wd {self.weight_decay:g}, batch {self.batch_size}, {length}, augment {self.augment}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for run.json."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """A named plan with a line of description."""
+    """A named plan, what it was published with, and a line of description."""
 
     description: str
     plan: Plan
     light_lr: float | None = None
     """Learning rate for MobileNet and ShuffleNet students, where the source uses another."""
+    beside: str = ""
+    """The loss expression that stands beside a method (crd: ce)."""
+    loss: str = ""
+    """The loss expression of the protocol itself (sre2l: kd)."""
+    options: Mapping[str, float | bool] = field(default_factory=dict)
+    """Options of that loss, where it is one term."""
+    alone: tuple[str, ...] = ()
+    """Losses that the protocol uses with nothing beside them."""
 
+
+def _adamw(epochs: int, batch_size: int, augment: str, **changes: Any) -> Plan:
+    """AdamW 1e-3, weight decay 0.01, cosine per epoch: what most of the SRe2L family post-trains with."""
+    common = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "per_epoch": True}
+    return Plan(**{**common, "epochs": epochs, "batch_size": batch_size, "augment": augment, **changes})
+
+
+_KL20: dict[str, float | bool] = {"temperature": 20.0, "t_squared": False}
+_KL30: dict[str, float | bool] = {"temperature": 30.0, "t_squared": False}
+_CRD = Plan(batch_size=64, epochs=240, lr=0.05, schedule="step", per_epoch=True, augment="crop_flip")
 
 PROTOCOLS: dict[str, Protocol] = {
     "bank-fast": Protocol(
@@ -125,16 +62,151 @@ PROTOCOLS: dict[str, Protocol] = {
         description="grey banks: SGD Nesterov .1, wd 5e-4, cosine, batch 128, 20 epochs, affine augmentation",
         plan=Plan(batch_size=128, epochs=20, lr=0.1, nesterov=True, warmup=0.03, augment="affine"),
     ),
-    "cifar-kd": Protocol(
-        description="RepDistiller: SGD .05 (.01 mobile/shuffle), wd 5e-4, batch 64, 240 epochs, /10 at 150/180/210",
-        plan=Plan(batch_size=64, epochs=240, lr=0.05, schedule="step", per_epoch=True, augment="crop_flip"),
+    "crd": Protocol(
+        description="RepDistiller: SGD .05 (.01 mobile/shuffle), wd 5e-4, batch 64, 240 epochs, /10 at 150/180/210; "
+        "a method stands beside cross-entropy of weight 1",
+        plan=_CRD,
         light_lr=0.01,
+        beside="ce",
+    ),
+    "simkd": Protocol(
+        description="SimKD's tables: optimised as crd, but a method stands beside ce + kd (T 4, T^2); SimKD alone",
+        plan=_CRD,
+        light_lr=0.01,
+        beside="ce+kd",
+        alone=("simkd",),
+    ),
+    "imagenet": Protocol(
+        description="mdistiller on ImageNet: SGD .2, wd 1e-4, batch 512, 100 epochs, /10 at 30/60/90, "
+        "RandomResizedCrop and flip; beside ce (SimKD: batch 256, lr .1, 120 epochs; CRD and ReviewKD: 256, .1)",
+        plan=Plan(
+            batch_size=512, epochs=100, lr=0.2, weight_decay=1e-4, schedule="step", milestones=(0.3, 0.6, 0.9),
+            per_epoch=True, augment="rrc_flip",
+        ),
+        beside="ce",
+    ),
+    "fast": Protocol(
+        description="preview, not comparable to 240-epoch tables: SGD Nesterov .1 one-cycle, wd 5e-4, batch 128, "
+        "40 epochs, crop and flip, beside ce; bf16 and --compile are fine",
+        plan=Plan(
+            batch_size=128, epochs=40, lr=0.1, nesterov=True, schedule="onecycle", warmup=0.3, augment="crop_flip"
+        ),
+        light_lr=0.02,
+        beside="ce",
     ),
     "dfkd": Protocol(
         description="data-free line: SGD .1, wd 1e-4, cosine per epoch, batch 256, 200 epochs, no augmentation",
         plan=Plan(batch_size=256, epochs=200, lr=0.1, weight_decay=1e-4, per_epoch=True),
     ),
-}
+    "fkd": Protocol(
+        description="FKD: SGD .1, wd 1e-4, cosine, batch 1024 of stored crops, 300 epochs, soft cross-entropy at T 1",
+        plan=Plan(batch_size=1024, epochs=300, lr=0.1, weight_decay=1e-4, per_epoch=True, augment="rrc_flip"),
+        loss="soft_ce",
+        options={"temperature": 1.0},
+    ),
+    "sre2l": Protocol(
+        description="SRe2L and CDA on ImageNet: AdamW 1e-3, wd .01 (0 on vectors), cosine, batch 1024, 300 epochs, "
+        "KL at T 20 without T^2 on stored cutmix views (relabel --preset sre2l)",
+        plan=_adamw(300, 1024, "rrc_flip_cutmix", decay_vectors=False),
+        loss="kd",
+        options=_KL20,
+    ),
+    "dwa": Protocol(
+        description="DWA and INFER on ImageNet: as sre2l with batch 128 and a live teacher on the mixed image, "
+        "KL at T 20 without T^2 (T 4 with --augment rrc_flip_mixup)",
+        plan=_adamw(300, 128, "rrc_flip_cutmix", decay_vectors=False),
+        loss="kd",
+        options=_KL20,
+    ),
+    "sre2l-cifar": Protocol(
+        description="SRe2L and DWA on CIFAR: AdamW 1e-3, wd .01, cosine, batch 128, 400 epochs, mixup .8, KL at T 30 "
+        "without T^2, live teacher (their code leaves it in train mode; here it is in eval mode)",
+        plan=_adamw(400, 128, "crop_flip_mixup"),
+        loss="kd",
+        options=_KL30,
+    ),
+    "infer-cifar": Protocol(
+        description="INFER on CIFAR, dynamic labels of 4 networks: as sre2l-cifar with batch 64 and 80 epochs, "
+        "teacher in eval mode, KL at T 30 (without T^2, as the code it grew from; the card does not say)",
+        plan=_adamw(80, 64, "crop_flip_mixup"),
+        loss="kd",
+        options=_KL30,
+    ),
+    "sre2l-tiny": Protocol(
+        description="SRe2L and DWA on Tiny-ImageNet: SGD .2, wd 1e-4, cosine after 5 warm-up epochs, batch 64, "
+        "200 epochs, cutmix, KL at T 20 with T^2, live teacher",
+        plan=Plan(
+            batch_size=64, epochs=200, lr=0.2, weight_decay=1e-4, warmup=0.025, per_epoch=True,
+            augment="rrc_flip_cutmix",
+        ),
+        loss="kd",
+        options={"temperature": 20.0, "t_squared": True},
+    ),
+    "rded": Protocol(
+        description="RDED at 64 px and above (f 2): AdamW 1e-3 (ResNets; 2.5e-3 mobile), wd .01, cosine eta 2, 300 "
+        "epochs, batch 100 (IPC 1/10/50: 10/50/100, doubled for 100 classes and more, Tiny 100), patch shuffle, crops "
+        "of .5-1, cutmix, live teacher, KL at T 20 without T^2",
+        plan=_adamw(300, 100, "patches_rrc_flip_cutmix", eta=2.0),
+        loss="kd",
+        options=_KL20,
+    ),
+    "rded-cifar": Protocol(
+        description="RDED at f 1 (CIFAR, Tiny): as rded without patch shuffle; its crops of scale 1 are the image",
+        plan=_adamw(300, 100, "flip_cutmix", eta=2.0),
+        loss="kd",
+        options=_KL20,
+    ),
+    "cvdd": Protocol(
+        description="CV-DD, SRe2L++ and FADRM: AdamW 1e-3 (ResNet-101 mostly 5e-4), wd as sre2l, cosine eta 1 (2 per "
+        "set, network and IPC: --eta), batch 16, 300 epochs, KL at T 20 without T^2 on stored views whose teacher used "
+        "batch statistics (relabel --preset cvdd)",
+        plan=_adamw(300, 16, "rrc_flip_cutmix", decay_vectors=False),
+        loss="kd",
+        options=_KL20,
+    ),
+    "gvbsm": Protocol(
+        description="G-VBSM on ImageNet: AdamW 1e-3 (or SGD .1), cosine, batch 1024, 300 epochs (Tiny: 100, batch "
+        "100), MSE of logits + .1 cross-entropy, no temperature, stored views (relabel --preset gvbsm); wd as sre2l, "
+        "the card gives none",
+        plan=_adamw(300, 1024, "rrc_flip_cutmix", decay_vectors=False),
+        loss="mse+0.1*ce",
+    ),
+    "gvbsm-cifar": Protocol(
+        description="G-VBSM on CIFAR: as gvbsm with batch 64, 1000 epochs and .15 cross-entropy",
+        plan=_adamw(1000, 64, "rrc_flip_cutmix", decay_vectors=False),
+        loss="mse+0.15*ce",
+    ),
+    "edc": Protocol(
+        description="EDC on ImageNet: AdamW 1e-3, linear eta 2 (its cosine is overwritten in the released code), batch "
+        "100, 300 epochs, MSE of logits + .025 cross-entropy, no temperature, evaluated as an EMA of .99; stored views "
+        "(relabel --preset edc)",
+        plan=_adamw(300, 100, "patches_rrc_flip_cutmix", schedule="linear", eta=2.0, decay_vectors=False),
+        loss="mse+0.025*ce",
+    ),
+    "edc-cifar10": Protocol(
+        description="EDC on CIFAR-10: as edc with a live teacher, 1000 epochs, times .5 at 800, 900 and 950",
+        plan=_adamw(
+            1000, 100, "patches_rrc_flip_cutmix", schedule="step", milestones=(0.8, 0.9, 0.95), gamma=0.5,
+            decay_vectors=False,
+        ),
+        loss="mse+0.025*ce",
+    ),
+    "edc-cifar100": Protocol(
+        description="EDC on CIFAR-100: as edc with a live teacher, 1000 epochs, cosine eta 2 until 5/6, then a drop",
+        plan=_adamw(
+            1000, 100, "patches_rrc_flip_cutmix", schedule="cosine_drop", eta=2.0, decay_vectors=False
+        ),
+        loss="mse+0.025*ce",
+    ),
+    "cim": Protocol(
+        description="CIM: AdamW 1e-3, wd 1e-4, times .2 at 2/3 and 5/6, 1000 epochs (ImageNet 300), batch 100 (10-200 "
+        "by size), MSE of logits of a live teacher; crop, flip and cutout stand for its DSA augmentation",
+        plan=_adamw(
+            1000, 100, "crop_flip_cutout", weight_decay=1e-4, schedule="step", milestones=(2 / 3, 5 / 6), gamma=0.2
+        ),
+        loss="mse",
+    ),
+}  # fmt: skip
 
 
 def protocol_for(name: str, shape: tuple[int, int, int]) -> str:
@@ -148,6 +220,30 @@ def protocol_for(name: str, shape: tuple[int, int, int]) -> str:
     if name not in PROTOCOLS:
         raise ConfigError("protocol: not known", got=name, allowed=["auto", *PROTOCOLS], hint="synthkit list protocols")
     return name
+
+
+def beside_note(protocol: str, loss_name: str, options: Mapping[str, Any] | None = None) -> str | None:
+    """What the protocol's published loss has and the run's lacks, in words; None where nothing is to be said.
+
+    Args:
+        protocol: its name. loss_name: the loss of the run, a name or a sum.
+        options: the run's options, where its loss is one term.
+    """
+    preset = PROTOCOLS[protocol]
+    given = [term.name for term in parse_terms(loss_name)]
+    published = preset.loss or preset.beside
+    missing = [term.name for term in parse_terms(published) if term.name not in given] if published else []
+    own = "".join(f" --loss.{key} {str(value).lower()}" for key, value in preset.options.items())
+    if missing and not set(given) <= set(preset.alone):
+        whole = preset.loss or "+".join([preset.beside, *(n for n in given if n not in preset.beside.split("+"))])
+        return (
+            f"protocol {protocol} was published with {' and '.join(missing)}, which loss {loss_name} lacks: its "
+            f"figures are for --loss {whole}{own}"
+        )
+    other = [key for key, value in preset.options.items() if (options or {}).get(key, value) != value]
+    if other and not missing and len(given) == 1:
+        return f"protocol {protocol} was published with{own}; {' and '.join(other)} of this run differs"
+    return None
 
 
 def distill_plan(cfg: DistillConfig, shape: tuple[int, int, int]) -> tuple[str, Plan, list[str]]:

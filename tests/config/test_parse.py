@@ -70,7 +70,7 @@ def test_a_word_none_stays_where_it_is_a_choice():
 
 
 def test_the_protocol_is_looked_up():
-    refused("distill", ["--bank", "b", "--student", "r18", "--protocol", "cifar-dk"], "did you mean 'cifar-kd'?")
+    refused("distill", ["--bank", "b", "--student", "r18", "--protocol", "crdd"], "did you mean 'crd'?")
 
 
 @pytest.mark.parametrize("words", [["0.5", "0.999"], ["0.5,0.999"], ["[0.5,0.999]"]])

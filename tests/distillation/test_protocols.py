@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from synthkit.config.schema import DistillConfig, TeachConfig
 from synthkit.data.policies import POLICIES
-from synthkit.distillation.protocols import PROTOCOLS, Plan, distill_plan, protocol_for, teach_plan
+from synthkit.distillation.protocols import PROTOCOLS, Plan, beside_note, distill_plan, protocol_for, teach_plan
+from synthkit.distillation.weighted import parse_terms, weighted_sum
 from synthkit.errors import ConfigError
 
 
@@ -33,8 +37,8 @@ def test_cosine_per_epoch_is_that_of_the_source():
         assert [plan.lr_at(7 * epoch + k, total, 7) for k in range(7)] == pytest.approx([expected] * 7)
 
 
-def test_cifar_kd_falls_where_the_source_does():
-    plan = PROTOCOLS["cifar-kd"].plan
+def test_crd_falls_where_the_source_does():
+    plan = PROTOCOLS["crd"].plan
     total = plan.total_steps(782)
     by_epoch = [plan.lr_at(782 * e, total, 782) for e in range(240)]
     assert by_epoch[149] == 0.05  # the 150th epoch, counted from 1
@@ -50,16 +54,127 @@ def test_constant_schedule():
     assert {plan.lr_at(step, 5, 2) for step in range(5)} == {0.3}
 
 
+GOLDEN = {
+    "sre2l_cos_eta1": {},
+    "rded_cos_eta2": {"eta": 2.0},
+    "edc_in1k_cos_st2": {"schedule": "linear", "eta": 2.0},  # its cosine is overwritten
+    "sre2l_linear": {"schedule": "linear"},
+    "edc_small_cos_st2": {"eta": 2.0},
+    "edc_small_cos2_st2": {"schedule": "cosine_drop", "eta": 2.0},
+    "edc_in1k_cos2_st2": {"schedule": "cosine_drop", "eta": 2.0},
+    "idc_multistep": {"schedule": "step", "milestones": (2 / 3, 5 / 6), "gamma": 0.2},  # CIM's too
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), GOLDEN.items())
+def test_post_training_schedules_are_those_of_the_sources(name, changes):
+    golden = np.load(Path(__file__).parents[1] / "reference" / "posttrain_lr_schedules.npz")
+    epochs, wanted = int(golden["epochs"]), golden[name]
+    plan = Plan(lr=1.0, epochs=epochs, per_epoch=True, **changes)
+    for epoch in range(epochs):
+        rates = [plan.lr_at(3 * epoch + k, 3 * epochs, 3) for k in range(3)]
+        assert rates == pytest.approx([wanted[epoch]] * 3, rel=1e-9)
+
+
+def test_cosine_of_eta_two_ends_at_half_the_rate():
+    plan = PROTOCOLS["rded"].plan
+    total = plan.total_steps(50)
+    assert plan.lr_at(total - 1, total, 50) == pytest.approx(0.5e-3, rel=0.01)
+    assert PROTOCOLS["sre2l"].plan.lr_at(total - 1, total, 50) < 1e-7
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(40, 0.3), (200, 0.25), (10, 0.5), (4, 0.1)])
+def test_one_cycle_is_torchs(total, warmup):
+    plan = Plan(lr=0.4, steps=total, schedule="onecycle", warmup=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.4, total_steps=total, pct_start=warmup, cycle_momentum=False
+    )
+    for step in range(total):
+        assert plan.lr_at(step, total, 7) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        if step < total - 1:
+            theirs.step()
+
+
+def test_vectors_may_be_spared_the_decay():
+    spared, usual = PROTOCOLS["sre2l"].plan, PROTOCOLS["crd"].plan
+    assert [spared.decay_of(d) for d in (0, 1, 2, 4)] == [0, 0, 0.01, 0.01]
+    assert [usual.decay_of(d) for d in (1, 4)] == [5e-4, 5e-4]
+    assert "none on vectors" in spared.describe() and "vectors" not in usual.describe()
+
+
+def test_published_plans():
+    """largescale.md 1 and kd.md 1.2, by hand: optimiser, lr, wd, batch, epochs, eta."""
+    rows = {
+        "imagenet": ("sgd", 0.2, 1e-4, 512, 100, 1),
+        "sre2l": ("adamw", 1e-3, 0.01, 1024, 300, 1),
+        "dwa": ("adamw", 1e-3, 0.01, 128, 300, 1),
+        "rded": ("adamw", 1e-3, 0.01, 100, 300, 2),
+        "cvdd": ("adamw", 1e-3, 0.01, 16, 300, 1),
+        "gvbsm": ("adamw", 1e-3, 0.01, 1024, 300, 1),
+        "edc": ("adamw", 1e-3, 0.01, 100, 300, 2),
+        "sre2l-cifar": ("adamw", 1e-3, 0.01, 128, 400, 1),
+        "infer-cifar": ("adamw", 1e-3, 0.01, 64, 80, 1),
+        "sre2l-tiny": ("sgd", 0.2, 1e-4, 64, 200, 1),
+        "fkd": ("sgd", 0.1, 1e-4, 1024, 300, 1),
+        "cim": ("adamw", 1e-3, 1e-4, 100, 1000, 1),
+    }
+    for name, row in rows.items():
+        plan = PROTOCOLS[name].plan
+        found = (plan.optimizer, plan.lr, plan.weight_decay, plan.batch_size, plan.epochs, plan.eta)
+        assert found == row, name
+    imagenet = PROTOCOLS["imagenet"].plan
+    by_epoch = [imagenet.lr_at(10 * e, 1000, 10) for e in range(100)]
+    assert by_epoch[29] == 0.2 and by_epoch[30] == by_epoch[59] == pytest.approx(0.02)
+    assert by_epoch[60] == pytest.approx(0.002) and by_epoch[90] == pytest.approx(0.0002)
+    assert PROTOCOLS["simkd"].plan == PROTOCOLS["crd"].plan
+    tiny = PROTOCOLS["sre2l-tiny"].plan
+    assert tiny.lr_at(5 * 10, 2000, 10) == 0.2 and tiny.lr_at(4 * 10, 2000, 10) < 0.2
+
+
+def test_the_published_losses_can_be_built():
+    for name, protocol in PROTOCOLS.items():
+        expression = protocol.loss or protocol.beside
+        assert not (protocol.loss and protocol.beside), name
+        if expression:
+            assert weighted_sum(expression)
+        if protocol.options:
+            (term,) = parse_terms(expression)
+            config = getattr(weighted_sum(expression)().config, term.name)
+            assert set(protocol.options) <= set(vars(config)), name
+
+
+def test_what_a_protocol_puts_beside_a_method_is_said():
+    assert beside_note("bank-fast", "kd") is None and beside_note("dfkd", "l1") is None
+    assert beside_note("crd", "ce+0.9*kd@ramp20") is None
+    assert "lacks: its figures are for --loss ce+kd" in (beside_note("crd", "kd") or "")
+    said = beside_note("simkd", "ce+dkd@ramp20") or ""
+    assert "with kd, which loss ce+dkd@ramp20 lacks" in said and "--loss ce+kd+dkd" in said
+    assert beside_note("simkd", "ce+kd+dkd") is None
+
+
+def test_the_loss_of_a_post_training_protocol_is_said():
+    published = {"temperature": 20.0, "t_squared": False}
+    assert beside_note("sre2l", "kd", published) is None
+    assert "--loss kd --loss.temperature 20.0 --loss.t_squared false" in (beside_note("sre2l", "l1") or "")
+    said = beside_note("sre2l", "kd", {"temperature": 4.0, "t_squared": True}) or ""
+    assert "temperature and t_squared of this run differs" in said
+    assert "t_squared of this run" in (beside_note("sre2l-tiny", "kd", published) or "")
+    assert "lacks: its figures are for --loss mse+0.1*ce" in (beside_note("gvbsm", "mse") or "")
+    assert beside_note("gvbsm", "mse+0.1*ce") is None
+
+
 def test_auto_protocol_by_image_shape():
     assert protocol_for("auto", (1, 32, 32)) == "mnist"
     assert protocol_for("auto", (3, 32, 32)) == "bank-fast"
-    with pytest.raises(ConfigError, match="did you mean 'cifar-kd'"):
-        protocol_for("cifar_kd", (3, 32, 32))
+    with pytest.raises(ConfigError, match="did you mean 'crd'"):
+        protocol_for("crdd", (3, 32, 32))
 
 
 def test_flags_win_and_are_named():
-    name, plan, changed = distill_plan(config(protocol="cifar-kd", lr=0.2, batch_size=32, augment="none"), (3, 32, 32))
-    assert name == "cifar-kd"
+    name, plan, changed = distill_plan(config(protocol="crd", lr=0.2, batch_size=32, augment="none"), (3, 32, 32))
+    assert name == "crd"
     assert (plan.lr, plan.batch_size, plan.augment, plan.epochs) == (0.2, 32, "none", 240)
     assert changed == ["augment", "batch_size", "lr"]
 
@@ -72,8 +187,8 @@ def test_steps_replace_epochs():
 
 
 def test_light_networks_get_their_own_rate():
-    assert distill_plan(config(protocol="cifar-kd", student="shufflev1"), (3, 32, 32))[1].lr == 0.01
-    assert distill_plan(config(protocol="cifar-kd", student="mobilenetv2", lr=0.3), (3, 32, 32))[1].lr == 0.3
+    assert distill_plan(config(protocol="crd", student="shufflev1"), (3, 32, 32))[1].lr == 0.01
+    assert distill_plan(config(protocol="crd", student="mobilenetv2", lr=0.3), (3, 32, 32))[1].lr == 0.3
 
 
 @pytest.mark.parametrize(
@@ -89,6 +204,8 @@ def test_light_networks_get_their_own_rate():
         {"weight_decay": -1.0},
         {"schedule": "cosin"},
         {"optimizer": "sgdd"},
+        {"eta": 0.5},
+        {"schedule": "onecycle"},
     ],
 )
 def test_values_out_of_range(changes):

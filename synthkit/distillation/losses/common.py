@@ -23,6 +23,11 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
     raise ConfigError("reduction: not known", got=reduction, allowed=["none", "mean"])
 
 
+def scaled(values: Tensor, temperature: float, t_squared: bool) -> Tensor:
+    """Values that carry the factor T^2, with it or without."""
+    return values if t_squared else values / temperature**2
+
+
 def check_temperature(temperature: float) -> None:
     """A temperature must be a positive number.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from synthkit.distillation.contract import Batch, Loss, Taps
-from synthkit.distillation.losses.common import check_temperature, reduce
+from synthkit.distillation.losses.common import check_temperature, reduce, scaled
 from synthkit.logits import soft_ce_per_sample
 
 if TYPE_CHECKING:
@@ -14,12 +14,17 @@ if TYPE_CHECKING:
 
 
 def soft_ce_loss(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, reduction: Literal["none", "mean"] = "mean"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = True,
+    reduction: Literal["none", "mean"] = "mean",
 ):
     """Soft-label cross-entropy.
 
     `l_i = -T^2 * sum_k p_ik log q_ik`, `p = softmax(t / T)`, `q = softmax(s / T)`. It is `kd_loss` plus the teacher's
-    entropy: the same gradient in the student, another value (never 0).
+    entropy: the same gradient in the student, another value (never 0). Without `t_squared` the factor T^2 is 1.
 
     Shapes: `student`, `teacher` (B, K) logits, any range; returns (B,) for "none", a scalar for "mean".
 
@@ -31,7 +36,7 @@ def soft_ce_loss(
     >>> round(float(soft_ce_loss(torch.zeros(1, 2), torch.zeros(1, 2))), 4)
     0.6931
     """
-    return reduce(soft_ce_per_sample(student, teacher, temperature), reduction)
+    return reduce(scaled(soft_ce_per_sample(student, teacher, temperature), temperature, t_squared), reduction)
 
 
 class SoftCE(Loss):
@@ -43,10 +48,12 @@ class SoftCE(Loss):
 
         temperature: float = 1.0
         """Softening temperature T of both networks."""
+        t_squared: bool = True
+        """Whether the cross-entropy is multiplied by T^2."""
 
         def __post_init__(self):
             check_temperature(self.temperature)
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
-        value = soft_ce_loss(student.logits, teacher.logits, temperature=self.config.temperature, reduction="none")
-        return {"soft_ce": value}
+        options = {"temperature": self.config.temperature, "t_squared": self.config.t_squared}
+        return {"soft_ce": soft_ce_loss(student.logits, teacher.logits, **options, reduction="none")}
