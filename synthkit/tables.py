@@ -59,6 +59,7 @@ LOSSES: dict[str, str] = {
     "kd": "synthkit.distillation.losses.kd:KD",
     "l1": "synthkit.distillation.losses.l1:L1",
     "logit_std": "synthkit.distillation.losses.logit_std:LogitStd",
+    "mealv2": "synthkit.distillation.losses.mealv2:MEALV2",
     "mse": "synthkit.distillation.losses.mse:MSE",
     "nd": "synthkit.distillation.losses.kdpp:ND",
     "nst": "synthkit.distillation.losses.nst:NST",
