@@ -53,6 +53,7 @@ LOSSES: dict[str, str] = {
     "ferkd": "synthkit.distillation.losses.ferkd:FerKD",
     "fitnet": "synthkit.distillation.losses.fitnet:FitNet",
     "ft": "synthkit.distillation.losses.ft:FT",
+    "gendd": "synthkit.distillation.losses.gendd:GenDD",
     "gkl": "synthkit.distillation.losses.gkl:GKL",
     "ikl": "synthkit.distillation.losses.ikl:IKL",
     "js": "synthkit.distillation.losses.js:JS",
