@@ -25,6 +25,8 @@ def make_optimizer(
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if objective is not None and (own := objective.parameter_groups(network)) is not None:
         groups = own
+    if not plan.decay_vectors:
+        groups = [part for group in groups for part in _by_dimensions(plan, group)]
     for group in groups:
         group.setdefault("lr_scale", 1.0)
     fused = device.type in ("cpu", "cuda") and all(p.is_floating_point() for p in parameters)
@@ -43,3 +45,11 @@ def make_optimizer(
         )
     kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=fused)
+
+
+def _by_dimensions(plan: Plan, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group as matrices and kernels, with its decay, and the vectors (BatchNorm, biases) with that of the plan."""
+    members = list(group["params"])
+    wide, vectors = ([p for p in members if (p.ndim > 1) == flag] for flag in (True, False))
+    parts = [{**group, "params": wide}, {**group, "params": vectors, "weight_decay": plan.decay_of(1)}]
+    return [part for part in parts if part["params"]]

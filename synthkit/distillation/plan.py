@@ -10,7 +10,7 @@ from synthkit.errors import ConfigError
 
 Schedule = Literal["cosine", "linear", "cosine_drop", "onecycle", "step", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "cosine_drop", "onecycle", "step", "constant")
-OPTIMIZERS = ("sgd", "adamw", "adam")
+OPTIMIZERS = ("sgd", "adamw", "adam", "dot")
 _ONE_CYCLE_START = 25.0  # one-cycle begins at lr / 25 and ends at a 10,000th of that (Smith & Topin; torch's defaults)
 _ONE_CYCLE_END = 1e4
 _DROP_AT = 5 / 6  # share of the run after which cosine_drop falls on a line (EDC's `cos2`)
@@ -29,9 +29,9 @@ class Plan:
     lr: float = 0.05
     """Peak learning rate."""
     optimizer: str = "sgd"
-    """sgd, adamw or adam."""
+    """sgd, adamw, adam or dot (SGD with a momentum for each of two losses)."""
     momentum: float = 0.9
-    """Momentum of SGD; not read by the others."""
+    """Momentum of SGD; not read by the Adams."""
     nesterov: bool = False
     """Nesterov momentum of SGD."""
     weight_decay: float = 5e-4
@@ -126,7 +126,7 @@ class Plan:
         slow = f" eta {self.eta:g}" if self.eta != 1 else ""
         spared = "" if self.decay_vectors else " (none on vectors)"
         return (
-            f"{self.optimizer}{detail if self.optimizer == 'sgd' else ''}, lr {self.lr:g} {self.schedule}{slow}{warm}, "
+            f"{self.optimizer}{detail if self.optimizer in ('sgd', 'dot') else ''}, lr {self.lr:g} {self.schedule}{slow}{warm}, "
             f"wd {self.weight_decay:g}{spared}, batch {self.batch_size}, {length}, augment {self.augment}"
         )
 

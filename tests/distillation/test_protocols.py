@@ -11,6 +11,7 @@ import torch
 
 from synthkit.config.schema import DistillConfig, TeachConfig
 from synthkit.data.policies import POLICIES
+from synthkit.distillation.optimizers import make_optimizer
 from synthkit.distillation.protocols import PROTOCOLS, Plan, beside_note, distill_plan, protocol_for, teach_plan
 from synthkit.distillation.weighted import parse_terms, weighted_sum
 from synthkit.errors import ConfigError
@@ -102,6 +103,15 @@ def test_vectors_may_be_spared_the_decay():
     assert [spared.decay_of(d) for d in (0, 1, 2, 4)] == [0, 0, 0.01, 0.01]
     assert [usual.decay_of(d) for d in (1, 4)] == [5e-4, 5e-4]
     assert "none on vectors" in spared.describe() and "vectors" not in usual.describe()
+
+
+def test_the_optimiser_spares_vectors():
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.Flatten())
+    groups = make_optimizer(PROTOCOLS["sre2l"].plan, network, torch.device("cpu")).param_groups
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in groups] == [(0.01, [4]), (0, [1, 1, 1])]
+    assert all(g["lr_scale"] == 1 for g in groups)
+    (whole,) = make_optimizer(PROTOCOLS["crd"].plan, network, torch.device("cpu")).param_groups
+    assert whole["weight_decay"] == 5e-4 and len(whole["params"]) == 4
 
 
 def test_published_plans():
