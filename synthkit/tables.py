@@ -48,6 +48,7 @@ LOSSES: dict[str, str] = {
     "cc": "synthkit.distillation.losses.cc:CC",
     "ce": "synthkit.distillation.losses.ce:CE",
     "crd": "synthkit.distillation.losses.crd:CRD",
+    "deit_lt": "synthkit.distillation.losses.deit_lt:DeiTLT",
     "dist": "synthkit.distillation.losses.dist:DIST",
     "dkd": "synthkit.distillation.losses.dkd:DKD",
     "ferkd": "synthkit.distillation.losses.ferkd:FerKD",
