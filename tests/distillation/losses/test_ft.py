@@ -137,11 +137,17 @@ def test_divergence_is_told(prepared):
         loss.prepare(looks)
 
 
-def test_a_resumed_run_is_frozen_without_the_phase():
-    (f,) = random_maps((4, 4, 4, 4))
-    loss = build(FT(), taps([f]), taps([f]))
-    assert not any(p.requires_grad for n, p in loss.aux.named_parameters() if not n.startswith("translator"))
-    check_reproducible(FT, taps([f]), taps([f]))
+def test_a_resumed_run_needs_no_phase(prepared):
+    """All that the phase found is in the state of `aux`; the paraphraser is frozen without it as well."""
+    loss, looks, teacher, _ = prepared
+    loss.prepare(looks)
+    (f,) = random_maps((4, 3, 4, 4), seed=3)
+    resumed = build(FT(), taps([f]), taps([teacher[:4]]), seed=7)
+    assert float((run(resumed, taps([f]), taps([teacher[:4]])) - run(loss, taps([f]), taps([teacher[:4]]))).abs().max())
+    resumed.aux.load_state_dict(loss.aux.state_dict())
+    close(run(resumed, taps([f]), taps([teacher[:4]])), run(loss, taps([f]), taps([teacher[:4]])).detach())
+    assert not any(p.requires_grad for n, p in resumed.aux.named_parameters() if not n.startswith("translator"))
+    check_reproducible(FT, taps([f]), taps([teacher[:4]]))
 
 
 @pytest.mark.parametrize(("field", "value"), [("ratio", 0.0), ("ratio", 1.5), ("epochs", -1), ("lr", 0.0)])
