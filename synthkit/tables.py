@@ -50,6 +50,7 @@ LOSSES: dict[str, str] = {
     "crd": "synthkit.distillation.losses.crd:CRD",
     "deit_lt": "synthkit.distillation.losses.deit_lt:DeiTLT",
     "dist": "synthkit.distillation.losses.dist:DIST",
+    "distill_weighted": "synthkit.distillation.losses.distill_weighted:DistillWeighted",
     "dkd": "synthkit.distillation.losses.dkd:DKD",
     "ferkd": "synthkit.distillation.losses.ferkd:FerKD",
     "fitnet": "synthkit.distillation.losses.fitnet:FitNet",

@@ -87,7 +87,7 @@ class DeiTLT(Loss):
         counts = torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
         for look in looks():
             counts += torch.bincount(look.teacher.logits.argmax(dim=1), minlength=len(weights))
-        weights.copy_(effective_number_weights(counts, self.config.effective))
+        weights.copy_(effective_number_weights(counts.cpu(), self.config.effective))
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         assert self.aux is not None

@@ -117,13 +117,13 @@ class ND(Loss):
             return
         assert self.aux is not None
         directions = self.aux.get_buffer("directions")
-        sums = torch.zeros_like(directions, dtype=torch.float64)
-        counts = torch.zeros(len(sums), dtype=torch.float64, device=sums.device)
+        sums = torch.zeros(directions.shape, dtype=torch.float64)  # on the CPU: not every device has float64
+        counts = torch.zeros(len(sums), dtype=torch.float64)
         for look in looks():
             assert look.labels is not None and look.teacher.pooled is not None
-            add_to_classes(sums, counts, look.teacher.pooled, look.labels, self.config.decimals)
-        means = F.normalize(class_means(sums, counts, self.config.decimals), dim=1).to(directions.dtype)
-        directions.copy_(torch.where(counts.unsqueeze(1) > 0, means, directions))
+            add_to_classes(sums, counts, look.teacher.pooled.cpu(), look.labels.cpu(), self.config.decimals)
+        means = F.normalize(class_means(sums, counts, self.config.decimals), dim=1).to(directions)
+        directions.copy_(torch.where(counts.to(directions.device).unsqueeze(1) > 0, means, directions))
 
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         assert self.aux is not None and batch.labels is not None
