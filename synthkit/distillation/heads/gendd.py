@@ -174,6 +174,8 @@ class GenDDNetwork(nn.Module):
 
     Source: jiequancui/Generative-Distribution-Distillation@9246d0b (`forward_test_stage2`).
     Differs from source: there every image has noise of its own, drawn anew at every call.
+    A head that was trained briefly gives features that are far too large: at t = 999 an error of the noise enters
+    `x_0` 20,000-fold, and nothing is clipped (as published). The class survives that, the confidence does not.
     Cost: `steps` x 2 (guidance) x tokens x samples passes of the MLP for each image.
     """
 
