@@ -36,6 +36,8 @@ class ConvNet(nn.Module):
         norm: instance (GroupNorm with one channel per group), bn, group (4 groups), layer or none.
     """
 
+    stemless = True
+
     def __init__(self, depth: int, width: int, norm: str, *, num_classes: int, in_channels: int, image_size: int):
         super().__init__()
         self.features = nn.Sequential()

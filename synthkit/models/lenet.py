@@ -24,6 +24,7 @@ class LeNet5(nn.Module):
     """(B, C, 32, 32) -> logits (B, K)."""
 
     tap_points = ("features.relu1", "features.relu2", "flatten")
+    stemless = True
 
     def __init__(
         self, widths: tuple[int, int, int], hidden: int, *, batch_norm: bool, num_classes: int, in_channels: int

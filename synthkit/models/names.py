@@ -70,6 +70,7 @@ _add(
         "mobilenetv2": "MobileNetV2 at width 1.0 for 32x32 images (SimKD)",
     },
 )
+_add("mobilenetv1", "MobileNetV1", {"mobilenetv1": "MobileNetV1 at width 1.0 for 224x224 images (KD tables)"})
 _add(
     "shufflenet",
     "ShuffleNet",
@@ -140,14 +141,14 @@ def default_input(name: str, channels: int | None = None) -> tuple[int, int]:
         return 1, 28
     if name.endswith("_tiny"):
         return 3, 64
-    return (3, 224) if name.startswith(EXTERNAL) else (3, 32)
+    return (3, 224) if name.startswith(EXTERNAL) or name == "mobilenetv1" else (3, 32)
 
 
 def default_classes(name: str) -> int:
     """Number of classes that an architecture gets when nothing else says so."""
     if name.endswith("_tiny"):
         return 200
-    return 1000 if name.startswith(EXTERNAL) else 10
+    return 1000 if name.startswith(EXTERNAL) or name == "mobilenetv1" else 10
 
 
 def resolve_name(name: str) -> str:

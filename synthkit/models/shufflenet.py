@@ -76,7 +76,8 @@ class UnitV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kept, out = x.chunk(2, dim=1)
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(out)))))
-        return self.shuffle(torch.cat([kept, self.relu3(self.bn3(self.conv3(out)))], 1))
+        # the kept half comes from ReLUs, so that the last ReLU leaves it as it is: its input is the tap before it
+        return self.shuffle(self.relu3(torch.cat([kept, self.bn3(self.conv3(out))], 1)))
 
 
 class DownV2(nn.Module):
@@ -111,6 +112,8 @@ class ShuffleNet(nn.Module):
         self.layer1, self.layer2, self.layer3 = stages
         if last is not None:
             self.conv2, self.bn2, self.relu2 = _pointwise(width, last), nn.BatchNorm2d(last), nn.ReLU()
+            # a ShuffleNetV2 stage ends in a shuffle, not in its last ReLU
+            self.preact_points = tuple(f"layer{i}.{len(stage) - 1}.relu3@pre" for i, stage in enumerate(stages, 1))
         self.closing = last is not None
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()

@@ -51,6 +51,7 @@ class WideResNet(nn.Module):
     """(B, C, H, W) -> logits (B, K); any H = W of at least 4. Stage taps are raw sums, not rectified."""
 
     tap_points = ("conv1", "block1", "block2", "block3", "flatten")
+    preact_points = ("block2.layer.0.bn1", "block3.layer.0.bn1", "bn1")
     block1: Stage
     block2: Stage
     block3: Stage
