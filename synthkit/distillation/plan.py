@@ -122,11 +122,12 @@ class Plan:
         """One line: what the network is trained with."""
         length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs or 1} epochs"
         detail = f" momentum {self.momentum:g}" + (" nesterov" if self.nesterov else "")
+        who = self.optimizer + (detail if self.optimizer in ("sgd", "dot") else "")
         warm = f" after {100 * self.warmup:g} % warm-up" if self.warmup else ""
         slow = f" eta {self.eta:g}" if self.eta != 1 else ""
         spared = "" if self.decay_vectors else " (none on vectors)"
         return (
-            f"{self.optimizer}{detail if self.optimizer in ('sgd', 'dot') else ''}, lr {self.lr:g} {self.schedule}{slow}{warm}, "
+            f"{who}, lr {self.lr:g} {self.schedule}{slow}{warm}, "
             f"wd {self.weight_decay:g}{spared}, batch {self.batch_size}, {length}, augment {self.augment}"
         )
 

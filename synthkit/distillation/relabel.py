@@ -8,6 +8,7 @@ hardware). The images are only read.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,11 +27,14 @@ from synthkit.bank.labels.topk import compress_topk, tail_error
 from synthkit.bank.labels.views import ViewDraw, ViewPolicy, Views, apply_views, join_views
 from synthkit.config.schema import RelabelConfig
 from synthkit.config.worker import shards_of, worker_of
+from synthkit.distillation.ensemble import TeacherEnsemble
+from synthkit.distillation.relabel_presets import PRESETS, Labelling, labelling
 from synthkit.distillation.task import check_fits, teacher_facts
 from synthkit.errors import ConfigError, DataError, ModelError, OutputExistsError, RequirementError
 from synthkit.models.build import load_model
 from synthkit.models.view import TeacherView
 from synthkit.runtime import Runtime, format_bytes, format_seconds
+from synthkit.synthesis.sources import teacher_specs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +49,7 @@ class RelabelTask:
     """A checked relabel run."""
 
     cfg: RelabelConfig
+    how: Labelling
     bank: Bank
     teacher: TeacherView
     spec: LabelSpec
@@ -73,14 +78,15 @@ def relabel(cfg: RelabelConfig) -> LabelSet:
     runtime = Runtime.create(runtime_config)
     task.teacher.to(runtime.device, channels_last=runtime.channels_last)
     if runtime.config.compile:
-        task.teacher.module.compile()
+        for view in task.teacher.teachers if isinstance(task.teacher, TeacherEnsemble) else [task.teacher]:
+            view.module.compile()
     job = _Job(task, runtime)
     mine = shards_of(task.worker, task.spec.shards)
     missing = len(mine)
     if _labels_json(task.bank, cfg.name).exists():
         missing = len(set(LabelWriter.open(cfg.bank, cfg.name, expect=task.spec).missing()) & set(mine))
     if missing:
-        with teacher_mode(task.teacher, cfg.bn):
+        with teacher_mode(task.teacher, task.how.bn):
             job.announce(job.measure(), missing)
             if runtime.is_main:
                 LabelWriter.open_or_create(cfg.bank, cfg.name, task.spec)
@@ -94,6 +100,7 @@ def relabel(cfg: RelabelConfig) -> LabelSet:
 def check_relabel(cfg: RelabelConfig) -> RelabelTask:
     """Resolve and check everything; writes nothing. Raises as `relabel`."""
     check_name(cfg.name)
+    how = labelling(cfg)
     worker = worker_of(cfg.shards) if cfg.shards else (1, 1)
     bank = Bank(cfg.bank)
     if not bank.complete:
@@ -102,66 +109,79 @@ def check_relabel(cfg: RelabelConfig) -> RelabelTask:
     if _labels_json(bank, cfg.name).exists() and not (cfg.resume or cfg.shards):
         raise OutputExistsError(f"bank {cfg.bank} has a label set {cfg.name!r} already",
                                 hint="go on with --resume, or choose another --name")  # fmt: skip
-    if cfg.views < 0:
-        raise ConfigError("views must not be negative", got=cfg.views)
-    if cfg.views == 0:
-        _refuse_view_options(cfg)
+    if how.views < 0:
+        raise ConfigError("views must not be negative", got=how.views)
     notes = [text for text in (transform_note(bank),) if text]
-    teacher, facts = _teacher(cfg, bank, notes)
-    least = 2 if cfg.bn == "batch" else 1
-    if cfg.batch_size < least:
-        raise ConfigError(f"batch_size must be at least {least}", got=cfg.batch_size)
+    if cfg.preset is not None:
+        notes.append(f"preset {cfg.preset}{'' if how.name != 'custom' else ' changed by flags'}: "
+                     f"{PRESETS[cfg.preset].description}")  # fmt: skip
+    teacher, facts = _teacher(cfg, how, bank, notes)
+    least = 2 if how.bn == "batch" else 1
+    if how.batch_size < least:
+        raise ConfigError(f"batch_size must be at least {least}", got=how.batch_size)
     size = (bank.shape[1], bank.shape[2])
     draw = None
-    if cfg.views:
-        policy = ViewPolicy(epochs=cfg.views, crop_scale=cfg.crop_scale, crop_ratio=cfg.crop_ratio, flip=cfg.flip,
-                            mix=cfg.mix, mix_alpha=cfg.mix_alpha)  # fmt: skip
+    if how.views:
+        policy = ViewPolicy(epochs=how.views, crop_scale=how.crop_scale, crop_ratio=how.crop_ratio, flip=how.flip,
+                            mix=how.mix, mix_alpha=how.mix_alpha)  # fmt: skip
         draw = ViewDraw(policy, images=len(bank), source=size, size=size, seed=cfg.seed)
-    elif cfg.bn == "batch":
+    elif how.bn == "batch":
         notes.append("--bn batch: a batch is consecutive images as the bank stores them; where those are of one class, "
                      "so are the statistics (views are in random order)")  # fmt: skip
-    spec = label_spec(cfg, bank, facts, draw)
-    return RelabelTask(cfg=cfg, bank=bank, teacher=teacher, spec=spec, draw=draw, worker=worker, notes=notes)
+    spec = label_spec(cfg, how, bank, facts, draw)
+    return RelabelTask(cfg=cfg, how=how, bank=bank, teacher=teacher, spec=spec, draw=draw, worker=worker, notes=notes)
 
 
 def _labels_json(bank: Bank, name: str) -> Path:
     return set_path(bank.path, name) / "labels.json"
 
 
-def label_spec(cfg: RelabelConfig, bank: Bank, facts: dict[str, Any], draw: ViewDraw | None) -> LabelSpec:
+def label_spec(
+    cfg: RelabelConfig, how: Labelling, bank: Bank, facts: dict[str, Any], draw: ViewDraw | None
+) -> LabelSpec:
     """The spec of the set; its policy record says everything that decides the labels beside images and teacher.
 
     `policy`: name (of a preset; "custom" where flags decide), version of this record, seed, views (None: the images
-    as they are; else the drawing of crop, flip and mix), teacher (BatchNorm mode, batch size, precision).
+    as they are; else the drawing of crop, flip and mix), teacher (BatchNorm mode, batch size, precision, and for
+    several teachers how they were combined).
     """
     rows = len(bank) if draw is None else len(draw)
     precision = "fp32" if cfg.runtime.precision == "auto" else cfg.runtime.precision
     policy = {
-        "name": "custom", "version": 1, "seed": cfg.seed if draw is not None else None,
+        "name": how.name, "version": 1, "seed": cfg.seed if draw is not None else None,
         "views": None if draw is None else draw.policy.to_dict(),
-        "teacher": {"bn": cfg.bn, "batch_size": cfg.batch_size, "precision": precision},
+        "teacher": {"bn": how.bn, "batch_size": how.batch_size, "precision": precision,
+                    **({"combine": how.combine} if "members" in facts else {})},
     }  # fmt: skip
     common: dict[str, Any] = {
         "kind": "images" if draw is None else "views", "bank": bank.record["uuid"], "images": len(bank), "rows": rows,
-        "num_classes": bank.num_classes, "top_k": cfg.top_k, "size": None if draw is None else draw.size,
+        "num_classes": bank.num_classes, "top_k": how.top_k, "size": None if draw is None else draw.size,
         "teacher": facts, "policy": policy,
     }  # fmt: skip
     row_bytes = LabelSpec(**common).row_bytes
-    return LabelSpec(**common, rows_per_shard=plan_rows_per_shard(rows, row_bytes, multiple=cfg.batch_size))
+    return LabelSpec(**common, rows_per_shard=plan_rows_per_shard(rows, row_bytes, multiple=how.batch_size))
 
 
-def _refuse_view_options(cfg: RelabelConfig) -> None:
-    plain = RelabelConfig(bank=cfg.bank, name=cfg.name)
-    for name in ("crop_scale", "crop_ratio", "flip", "mix", "mix_alpha"):
-        if getattr(cfg, name) != getattr(plain, name):
-            raise ConfigError(f"{name} is for views, but the images are labelled as they are", got=getattr(cfg, name),
-                              hint="give the number of views per image: --views 10")  # fmt: skip
-
-
-def _teacher(cfg: RelabelConfig, bank: Bank, notes: list[str]) -> tuple[TeacherView, dict[str, Any]]:
-    spec = cfg.teacher or bank.spec.teacher.get("spec")
-    if not isinstance(spec, str):  # what a bank names comes from a file
+def _teacher(cfg: RelabelConfig, how: Labelling, bank: Bank, notes: list[str]) -> tuple[TeacherView, dict[str, Any]]:
+    """The teacher, or several as one (`--teacher A,B`), and what cards say of it."""
+    named = cfg.teacher or bank.spec.teacher.get("spec")
+    if not isinstance(named, str):  # what a bank names comes from a file
         raise RequirementError(f"bank {cfg.bank} names no teacher", hint="give --teacher, a model spec")
+    found = [_member(spec, cfg, how, bank, notes) for spec in teacher_specs(named)]
+    if not found:
+        raise ConfigError("teacher: no model spec", got=named)
+    if len(found) == 1:
+        return found[0]
+    members = [facts for _, facts in found]
+    shas = [str(facts.get("sha256")) for facts in members]
+    facts = {"spec": ",".join(str(f["spec"]) for f in members), "members": members,
+             "sha256": hashlib.sha256(" ".join(shas).encode()).hexdigest()}  # fmt: skip
+    return TeacherEnsemble([view for view, _ in found], how.combine), facts
+
+
+def _member(
+    spec: str, cfg: RelabelConfig, how: Labelling, bank: Bank, notes: list[str]
+) -> tuple[TeacherView, dict[str, Any]]:
     loaded = load_model(spec)
     check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
     view = TeacherView.from_loaded(loaded)
@@ -171,7 +191,7 @@ def _teacher(cfg: RelabelConfig, bank: Bank, notes: list[str]) -> tuple[TeacherV
             raise ModelError(f"teacher {spec!r} has the classes of bank {cfg.bank} in another order",
                              hint="use a teacher of the bank's class order")  # fmt: skip
         notes.append("the teacher's class names are not the bank's: is it a teacher of the same classes?")
-    if cfg.bn == "batch" and not view.has_batchnorm:
+    if how.bn == "batch" and not view.has_batchnorm:
         raise RequirementError(f"bn batch: teacher {spec!r} has no BatchNorm layers", hint="leave --bn out")
     return view, teacher_facts(spec, loaded)
 
@@ -223,7 +243,7 @@ class _Job:
 
     def measure(self) -> float:
         """Seconds per row, from a few batches (the first one, which allocates, is not counted)."""
-        starts = [i * self.task.cfg.batch_size for i in range(1 + TIMED_BATCHES)]
+        starts = [i * self.task.how.batch_size for i in range(1 + TIMED_BATCHES)]
         starts = [s for s in starts if s < self.spec.rows]
         done, began = 0, time.monotonic()
         for number, start in enumerate(starts):
@@ -237,16 +257,16 @@ class _Job:
 
     def announce(self, seconds_per_row: float, missing: int) -> None:
         """Say what will be made, how large it gets and how long it takes, before it starts."""
-        task, spec, cfg = self.task, self.spec, self.task.cfg
+        task, spec, how = self.task, self.spec, self.task.how
         share = missing / spec.shards
         what = f"{len(self.bank):,} images" if task.draw is None else (
-            f"{spec.rows:,} views ({cfg.views} of each of {len(self.bank):,} images, "
-            f"crops {cfg.crop_scale[0]:g}-{cfg.crop_scale[1]:g}, flip {cfg.flip:g}, mix {cfg.mix})")  # fmt: skip
+            f"{spec.rows:,} views ({how.views} of each of {len(self.bank):,} images, "
+            f"crops {how.crop_scale[0]:g}-{how.crop_scale[1]:g}, flip {how.flip:g}, mix {how.mix})")  # fmt: skip
         kept = "all logits in fp16" if spec.top_k is None else f"top {spec.top_k} of {spec.num_classes} and tail mass"
         lines = [
-            f"relabel: {what} of bank {cfg.bank} by {spec.teacher.get('spec')}, BatchNorm {cfg.bn}",
+            f"relabel: {what} of bank {task.cfg.bank} by {spec.teacher.get('spec')}, BatchNorm {how.bn}",
             f"  {kept}: {spec.row_bytes} bytes per row, {format_bytes(spec.planned_bytes)} in {spec.shards} shards"
-            f" at {set_path(self.bank.path, cfg.name)}",
+            f" at {set_path(self.bank.path, task.cfg.name)}",
             f"  {1 / seconds_per_row:,.0f} rows/s, about {format_seconds(seconds_per_row * spec.rows * share)} for "
             f"{missing} shards; {self.runtime.describe()}",
             *(f"  note: {text}" for text in task.notes),
@@ -284,13 +304,13 @@ class _Job:
     def starts(self, index: int) -> list[int]:
         """First rows of the batches of a shard; shards hold whole batches."""
         first, count = index * self.spec.per_shard, self.spec.shard_size(index)
-        return list(range(first, first + count, self.task.cfg.batch_size))
+        return list(range(first, first + count, self.task.how.batch_size))
 
     def read(self, start: int) -> _Read:
         """The batch that begins at row `start`, with what its views need."""
-        stop = min(start + self.task.cfg.batch_size, self.spec.rows)
+        stop = min(start + self.task.how.batch_size, self.spec.rows)
         # Statistics of a small rest would be poor: the last batch is filled up with the rows before it.
-        first = max(0, stop - self.task.cfg.batch_size) if self.task.cfg.bn == "batch" else start
+        first = max(0, stop - self.task.how.batch_size) if self.task.how.bn == "batch" else start
         rows, skip, draw = np.arange(first, stop), start - first, self.task.draw
         if draw is None:
             return _Read(skip=skip, images=self.images(rows), records={}, labels=self.labels(rows[skip:]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from synthkit.bank.labels.stored import StoredLogits
 from synthkit.bank.labels.views import Views, apply_views
@@ -17,8 +18,6 @@ from synthkit.distillation.stores import Store
 from synthkit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import torch
-
     from synthkit.bank import LabelSet
 
 
