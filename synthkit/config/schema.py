@@ -148,26 +148,32 @@ class RelabelConfig:
     """Bank directory; its images are not touched."""
     name: str
     """Name of the label set: a-z, 0-9, _ and -, at most 64."""
+    preset: str | None = None
+    """How the papers label: sre2l, cvdd, rded, gvbsm, edc or fkd; sets views, crops, mix, combine, bn, top_k and
+    batch_size, and flags given by hand win."""
     teacher: str | None = None
-    """Model spec of the teacher; none takes the one that the bank names."""
-    views: int = 0
-    """View epochs: stored views of every image; 0 labels the images as they are."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a view's crop as a share of the image (RandomResizedCrop)."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    """Width / height of a view's crop."""
-    flip: float = 0.5
-    """Probability that a view is mirrored."""
-    mix: Literal["none", "mixup", "cutmix"] = "none"
-    """Whether views are mixed with the view of another row."""
-    mix_alpha: float = 1.0
-    """The mixing share is drawn from Beta(alpha, alpha)."""
+    """Model spec of the teacher, or of several (A,B); none takes the one that the bank names."""
+    combine: Literal["probs", "logits"] | None = None
+    """Several teachers: mean of their probabilities (none: this) or of their logits."""
+    views: int | None = None
+    """View epochs: stored views of every image; 0 labels the images as they are (none: 0)."""
+    crop_scale: tuple[float, float] | None = None
+    """Area of a view's crop as a share of the image (RandomResizedCrop; none: 0.08 to 1)."""
+    crop_ratio: tuple[float, float] | None = None
+    """Width / height of a view's crop (none: 3/4 to 4/3)."""
+    flip: float | None = None
+    """Probability that a view is mirrored (none: 0.5)."""
+    mix: Literal["none", "mixup", "cutmix"] | None = None
+    """Whether views are mixed with the view of another row (nothing said: none)."""
+    mix_alpha: float | None = None
+    """The mixing share is drawn from Beta(alpha, alpha) (none: 1; mixup: 0.8 in the SRe2L family)."""
     top_k: int | None = None
     """Keep the k largest logits and the mass of the rest; none keeps all logits (fp16)."""
-    bn: Literal["eval", "batch"] = "eval"
-    """BatchNorm of the teacher: its running statistics, or those of the batch (BSSL of SRe2L++ and CV-DD)."""
-    batch_size: int = 256
-    """Rows that the teacher sees at once; with --bn batch it is part of the labels."""
+    bn: Literal["eval", "batch"] | None = None
+    """BatchNorm of the teacher: its running statistics (none: these), or those of the batch (BSSL of SRe2L++ and
+    CV-DD)."""
+    batch_size: int | None = None
+    """Rows that the teacher sees at once (none: 256); with --bn batch it is part of the labels."""
     seed: int = 0
     """Seed of the views."""
     shards: str | None = None
