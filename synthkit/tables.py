@@ -61,6 +61,7 @@ LOSSES: dict[str, str] = {
     "js": "synthkit.distillation.losses.js:JS",
     "kd": "synthkit.distillation.losses.kd:KD",
     "l1": "synthkit.distillation.losses.l1:L1",
+    "lelp": "synthkit.distillation.losses.lelp:LELP",
     "logit_std": "synthkit.distillation.losses.logit_std:LogitStd",
     "mealv2": "synthkit.distillation.losses.mealv2:MEALV2",
     "mse": "synthkit.distillation.losses.mse:MSE",
