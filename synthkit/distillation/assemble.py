@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from synthkit.config.schema import DistillConfig
 from synthkit.distillation.contract import Loss, Setup, Shapes
+from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.objective import Distillation
 from synthkit.distillation.sources import EasyToHard, stream_seed
 from synthkit.errors import ConfigError
@@ -97,8 +98,8 @@ def placeholder_labels(task: DistillTask) -> torch.Tensor:
     return torch.arange(len(task.bank)) % task.bank.num_classes
 
 
-def _classifier(view: Any) -> nn.Linear | None:
-    """The last linear layer; None where there is none (or where the view is an ensemble)."""
-    module = getattr(view, "module", None)
-    linears = [m for m in module.modules() if isinstance(m, nn.Linear)] if module is not None else []
+def _classifier(view: ModelView | None) -> nn.Linear | None:
+    """The last linear layer; None where there is none."""
+    module = None if view is None or isinstance(view, TeacherEnsemble) else view.module
+    linears = [] if module is None else [m for m in module.modules() if isinstance(m, nn.Linear)]
     return linears[-1] if linears else None

@@ -8,6 +8,7 @@ from synthkit.bank import Bank, LabelSet
 from synthkit.bank.labels.stored import has_logits
 from synthkit.config.schema import DistillConfig
 from synthkit.distillation.contract import Loss, LossNeeds
+from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.label_sets import note_topk
 from synthkit.distillation.protocols import Plan
 from synthkit.errors import ConfigError, RequirementError
@@ -72,10 +73,24 @@ def check_labels(cfg: DistillConfig, bank: Bank, loss: Loss, live: bool) -> None
 
 
 def check_needs(
-    cfg: DistillConfig, bank: Bank, labels: LabelSet | None, plan: Plan, needs: LossNeeds, notes: list[str]
+    cfg: DistillConfig,
+    bank: Bank,
+    labels: LabelSet | None,
+    teacher: TeacherView | None,
+    plan: Plan,
+    needs: LossNeeds,
+    notes: list[str],
 ) -> None:
-    """What a loss needs of the bank, the batch and the number of teachers."""
+    """What a loss needs of the bank, the batch and the teachers."""
     who = f"loss {cfg.loss_name}"
+    several = len(teacher.teachers) if isinstance(teacher, TeacherEnsemble) else 1
+    if several < needs.teachers:
+        raise RequirementError(f"{who} needs {needs.teachers} teachers or more", hint="name them: --teacher A,B")
+    if several > 1 and (needs.teacher or needs.teacher_classifier):
+        raise RequirementError(
+            f"{who} reads inside the teacher, and {several} teachers have nothing in common there",
+            hint="name one teacher, or use a loss of logits",
+        )
     if needs.index:
         if not bank.complete:
             raise RequirementError(

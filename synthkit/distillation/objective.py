@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from synthkit.distillation.contract import Batch, Look, Loss, Taps
+from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.sources import BatchSource, NoiseSource, StoreSource, torch_generator
 from synthkit.logits import agreement_per_sample, ce_per_sample
 
@@ -135,14 +136,16 @@ class Distillation:
     def teach(self, images: Tensor) -> Taps:
         """What the teacher says, usable in a loss."""
         assert self.teacher is not None  # the caller saw to it
+        if isinstance(ensemble := self.teacher.view, TeacherEnsemble):
+            with torch.no_grad():
+                members = ensemble.all_logits(images)
+                return Taps(logits=ensemble.combined(members), members=members)
         if self.features:
             with torch.no_grad():
                 return self.teacher(images)
         with torch.inference_mode():
             found = self.teacher(images)
-        # normal tensors: inference tensors cannot be saved for backward
-        members = None if found.members is None else [m.clone() for m in found.members]
-        return Taps(logits=found.logits.clone(), members=members)
+        return Taps(logits=found.logits.clone())  # a normal tensor: inference tensors cannot be saved for backward
 
     def look(self, batch: Batch) -> Seen:
         """Both forward passes."""

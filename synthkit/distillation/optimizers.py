@@ -35,7 +35,7 @@ def make_optimizer(
 
         return DOT(groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups,
             lr=plan.lr,
             momentum=plan.momentum,
@@ -43,6 +43,10 @@ def make_optimizer(
             weight_decay=plan.weight_decay,
             fused=fused,
         )
+        if plan.momentum > 0:  # fused SGD fails where some parameters get their first gradient later than others
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam
     return kind(groups, lr=plan.lr, weight_decay=plan.weight_decay, fused=fused)
 

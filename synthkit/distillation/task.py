@@ -23,13 +23,15 @@ from synthkit.data.specs import load_data
 from synthkit.distillation.assemble import assemble, make_loss, placeholder_labels
 from synthkit.distillation.checks import check_labels, check_logits, check_needs, fresh_share
 from synthkit.distillation.contract import Loss
+from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.label_sets import label_set_of
-from synthkit.distillation.protocols import Plan, distill_plan
+from synthkit.distillation.protocols import Plan, beside_note, distill_plan
 from synthkit.distillation.sources import split_holdout, stream_seed
 from synthkit.errors import ConfigError, DataError, ModelError, RequirementError
 from synthkit.evaluation.metrics import matched
 from synthkit.models.build import LoadedModel, load_model
 from synthkit.models.view import ModelView, TeacherView
+from synthkit.synthesis.sources import teacher_specs
 
 if TYPE_CHECKING:
     from synthkit.data.real import RealData
@@ -115,12 +117,15 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     live = check_logits(cfg, bank, labels, teacher, plan, loss, notes)
     check_labels(cfg, bank, loss, live)
     fresh = fresh_share(cfg, bank, live, loss.requires)
-    check_needs(cfg, bank, labels, plan, loss.requires, notes)
+    check_needs(cfg, bank, labels, teacher, plan, loss.requires, notes)
     if cfg.order == "easy2hard" and not bank.has("difficulty"):
         raise RequirementError(
             f"order easy2hard: bank {cfg.bank} stores no difficulty", hint="use --order random, or another bank"
         )
     _check_student(cfg, bank)
+    options = dataclasses.asdict(loss.config)
+    if (said := beside_note(protocol, cfg.loss_name, options)) is not None:
+        notes.append(said)
     if bank.spec.contains_real:
         notes.append("the bank contains real images: this student is not data-free")
     elif bank.spec.real_data_used:
@@ -206,8 +211,11 @@ def _teacher(
                 f"bank {cfg.bank} names no teacher and stores no logits", hint="give --teacher, a model spec"
             )
         return None, named
+    specs = teacher_specs(spec)
+    if not specs:
+        raise ConfigError("teacher: no model spec", got=spec)
     try:
-        loaded = load_model(spec)
+        members = [load_model(one) for one in specs]
     except ModelError as error:
         if cfg.teacher is not None or cfg.logits == "live":
             raise
@@ -218,11 +226,17 @@ def _teacher(
             ) from error
         notes.append(f"the teacher {spec!r} is not here ({error}); its stored logits are used")
         return None, named
-    check_fits("teacher", spec, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    for one, loaded in zip(specs, members, strict=True):
+        check_fits("teacher", one, bank, loaded.card.num_classes, tuple(loaded.card.input_size))
+    views = [TeacherView.from_loaded(loaded) for loaded in members]
+    if len(views) > 1:
+        facts = [teacher_facts(one, loaded) for one, loaded in zip(specs, members, strict=True)]
+        return TeacherEnsemble(views), {"spec": ",".join(str(f["spec"]) for f in facts), "members": facts}
+    loaded = members[0]
     if named.get("sha256") and loaded.sha256 and loaded.sha256 != named["sha256"]:
         made = "the bank was made with" if labels is None else f"made label set {labels.name!r}"
         notes.append(f"the teacher is another file than the one that {made}")
-    return TeacherView.from_loaded(loaded), teacher_facts(spec, loaded)
+    return views[0], teacher_facts(specs[0], loaded)
 
 
 def check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, ...]) -> None:
