@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from synthkit.distillation.heads.gaussian_diffusion import GaussianDiffusion, cosine_betas, respaced
+from synthkit.errors import ModelError
 
+TRAINED = 1000  # steps of the process that the head is trained on
 _FREQUENCIES = 128
 _LONGEST = 10_000.0
 
@@ -136,7 +139,7 @@ def sample_features(
     process: GaussianDiffusion,
     condition: Tensor,
     start: Tensor,
-    draws: Tensor,
+    draws: Sequence[Tensor] | Tensor,
     *,
     scale: float = 2.0,
     eta: float | None = None,
@@ -161,6 +164,25 @@ def sample_features(
     for step, draw in enumerate(draws):  # drawn noise is spread over the images one step at a time
         state = process.step(predict, state, len(process) - 1 - step, rows(draw), eta=eta)
     return state.view(samples, size, -1)
+
+
+_SETTINGS = ("token_dim", "cond_dim", "feature_dim", "width", "depth", "num_classes", "steps", "samples")
+_LARGEST = 1 << 16  # of any whole number among the settings
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raise `ModelError` unless these can be the settings of a deployed network."""
+    if missing := [name for name in (*_SETTINGS, "bias", "guidance", "eta", "seed") if name not in settings]:
+        raise ModelError("head gendd: settings are missing", got=missing)
+    numbers = {name: settings[name] for name in _SETTINGS}
+    if wrong := {k: v for k, v in numbers.items() if type(v) is not int or not 1 <= v <= _LARGEST}:
+        raise ModelError(f"head gendd: whole numbers from 1 to {_LARGEST} are needed", got=wrong)
+    eta, seed = settings["eta"], settings["seed"]
+    others = isinstance(settings["guidance"], int | float) and (eta is None or isinstance(eta, int | float))
+    if not others or type(seed) is not int or not 0 <= seed < 2**63 or not isinstance(settings["bias"], bool):
+        raise ModelError("head gendd: settings that are not numbers", got=settings)
+    if settings["feature_dim"] % settings["token_dim"] or not 2 <= settings["steps"] <= TRAINED:
+        raise ModelError("head gendd: token_dim divides feature_dim, steps are 2 to 1000", got=numbers)
 
 
 class GenDDNetwork(nn.Module):
@@ -194,18 +216,18 @@ class GenDDNetwork(nn.Module):
     ):
         super().__init__()
         self.student, self.norm, self.head, self.classifier = student, norm, head, classifier
-        self.process = GaussianDiffusion(cosine_betas(), respaced(1000, steps))
+        self.process = GaussianDiffusion(cosine_betas(TRAINED), respaced(TRAINED, steps))
         self.guidance, self.eta = guidance, eta
-        draw = torch.Generator().manual_seed(seed)
-        shape = (samples, 1, head.tokens, head.token_dim)
-        device = head.input_proj.weight.device
-        self.register_buffer("start", torch.randn(shape, generator=draw).to(device), persistent=False)
-        self.register_buffer("draws", torch.randn((steps, *shape), generator=draw).to(device), persistent=False)
+        # the start and one draw per step; three dimensions: a fourth could be laid out channels-last with the images
+        drawn = torch.randn(
+            steps + 1, samples, head.tokens * head.token_dim, generator=torch.Generator().manual_seed(seed)
+        )
+        self.register_buffer("noise", drawn.to(head.input_proj.weight.device), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         feature = self.feature(images).to(self.norm.weight.dtype)
         with full_precision(feature):
-            start, draws = self.get_buffer("start"), self.get_buffer("draws")
+            start, *draws = self.get_buffer("noise").unflatten(-1, (1, self.head.tokens, self.head.token_dim))
             sampled = sample_features(
                 self.head, self.process, self.norm(feature), start, draws, scale=self.guidance, eta=self.eta
             )
@@ -224,7 +246,12 @@ class GenDDNetwork(nn.Module):
 
     @classmethod
     def empty(cls, student: nn.Module, settings: dict[str, Any]) -> GenDDNetwork:
-        """The network of `settings` (see `GenDD.deployed_settings`) with fresh weights around `student`."""
+        """The network of `settings` (see `GenDD.deployed_settings`) with fresh weights around `student`.
+
+        Raises:
+            ModelError: a setting is missing or not possible (they come from a file).
+        """
+        check_settings(settings)
         head = SimpleMLPAdaLN(
             settings["token_dim"],
             settings["cond_dim"],

@@ -297,8 +297,7 @@ def test_the_deployed_network_by_its_parts(network):
     handle.remove()
     z = network.norm(kept[0])
     draw = torch.Generator().manual_seed(3)
-    start = torch.randn(2, 1, 3, 8, generator=draw)
-    draws = torch.randn(4, 2, 1, 3, 8, generator=draw)
+    start, *draws = torch.randn(5, 2, 24, generator=draw).view(5, 2, 1, 3, 8)
     logits = torch.zeros(2, 5)
     for image in range(2):
         for sample in range(2):
@@ -308,7 +307,7 @@ def test_the_deployed_network_by_its_parts(network):
                 for step, at in enumerate(reversed(range(4))):
                     times = torch.tensor([network.process.times[at]])
                     output = network.head.guided(state, times, z[image : image + 1], position, 2.0)
-                    state = network.process.ancestral_step(state, output, at, draws[step, sample, :, c])
+                    state = network.process.ancestral_step(state, output, at, draws[step][sample, :, c])
                 tokens.append(state)
             logits[image] += network.classifier(torch.cat(tokens, dim=1))[0] / 2
     near(network(images), logits, 1e-4)
@@ -319,7 +318,14 @@ def test_rebuilt_from_settings_and_state(network):
     again = GenDDNetwork.empty(build_model("resnet8", num_classes=5), dict(SETTINGS)).eval()
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(images), network(images))
-    assert not {"start", "draws"} & set(network.state_dict())
+    assert "noise" not in network.state_dict()
+
+
+def test_images_may_be_laid_out_channels_last(network):
+    images = torch.randn(2, 3, 32, 32)
+    logits = network(images)
+    moved = network.to(memory_format=torch.channels_last)
+    near(moved(images.contiguous(memory_format=torch.channels_last)), logits, 1e-4)
 
 
 def test_the_deployed_network_can_be_exported(network):

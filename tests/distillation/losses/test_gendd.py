@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from synthkit import tables
+from synthkit.config.schema import DistillConfig, RuntimeConfig
 from synthkit.distillation.contract import Batch, Setup, Shapes, Taps
+from synthkit.distillation.distill import distill
 from synthkit.distillation.heads.gaussian_diffusion import GaussianDiffusion, cosine_betas
-from synthkit.distillation.heads.gendd import SimpleMLPAdaLN
+from synthkit.distillation.heads.gendd import GenDDNetwork, SimpleMLPAdaLN
 from synthkit.distillation.losses.gendd import GenDD
 from synthkit.distillation.losses.gendd_rows import (
     beta2_at,
@@ -24,8 +26,9 @@ from synthkit.distillation.losses.gendd_rows import (
     released_rate,
     tokenised,
 )
-from synthkit.errors import ConfigError
+from synthkit.errors import ConfigError, ModelError
 from synthkit.logits import ce_per_sample
+from synthkit.models.build import load_model
 
 GOLDEN = Path(__file__).parents[2] / "reference"
 SMALL = GenDD.Config(token_dim=8, width=16, depth=2, repeats=3, steps=4, samples=2)
@@ -374,6 +377,37 @@ def test_it_learns_to_give_the_teacher_back():
         network, seen = loss.deploy(student), images.view(32, 3, 2, 2)
         agreement = (network(seen).argmax(1) == teacher(pooled).argmax(1)).float().mean()
     assert float(agreement) > 0.8
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_whole_run(workshop, tmp_path, supervised):
+    """Distilled, deployed, priced, saved and loaded: the run directory is the network with its head."""
+    config = GenDD.Config(
+        supervised=supervised, token_dim=14, width=16, depth=1, repeats=4, steps=8, samples=2, guidance=1.5
+    )
+    given = DistillConfig(
+        bank=str(workshop.bank), student="lenet5_half_bn", epochs=2, batch_size=32, optimizer="adamw", lr=4e-3,
+        augment="none", loss_name="gendd", loss=config, labels="argmax" if supervised else "none",
+        eval_data=workshop.data, out=str(tmp_path / "run"), runtime=RuntimeConfig(device="cpu"),
+    )  # fmt: skip
+    result = distill(given)
+    loaded = load_model(str(result.path))
+    assert isinstance(loaded.module, GenDDNetwork) and loaded.card.extra["head"]["loss"] == "gendd"
+    images = torch.rand(3, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.module(images), load_model(str(result.path)).module(images))
+        plain = load_model(str(result.path / "plain")).module
+        torch.testing.assert_close(plain(images), loaded.module.student(images))
+    assert bool((loaded.module.head.final_layer.linear.weight != 0).any())
+
+
+def test_settings_from_a_file_are_checked():
+    settings = make().deployed_settings()
+    for changed in ({"width": 10**9}, {"steps": 1}, {"token_dim": 7}, {"seed": "x"}, {"guidance": None}, {"bias": 1}):
+        with pytest.raises(ModelError, match="head gendd"):
+            GenDD.rebuild(_Student(), {**settings, **changed})
+    with pytest.raises(ModelError, match="missing; got .'eta'."):
+        GenDD.rebuild(_Student(), {k: v for k, v in settings.items() if k != "eta"})
 
 
 def test_wrong_options_are_refused():
