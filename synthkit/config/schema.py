@@ -68,8 +68,8 @@ class DistillConfig:
     student: str
     """Model spec of the student; a name gives fresh weights."""
     teacher: str | None = None
-    """Model spec of the teacher, or several (A,B: the mean of their softmaxes); none takes the one that the bank
-    names, or the stored logits."""
+    """Model spec of the teacher, several (A,B: the mean of their softmaxes), or random:ARCH[@SEED] (fresh weights, a
+    check of the loss itself); none takes the one that the bank names, or the stored logits."""
     loss: Any = None
     """Config of the loss (flags --loss.*)."""
     loss_name: str = "kd"
@@ -112,10 +112,12 @@ class DistillConfig:
     ema: float = 0.0
     """Also keep an exponential moving average of the weights with this decay per step (0: none); reported beside the
     student, never instead of it."""
-    schedule: Literal["cosine", "step", "constant"] | None = None
+    schedule: Literal["cosine", "linear", "cosine_drop", "onecycle", "step", "constant"] | None = None
     """Learning-rate schedule."""
+    eta: float | None = None
+    """How slowly cosine, linear and cosine_drop fall: a run is 1/eta of the way to 0 (2 ends at half the rate)."""
     warmup: float | None = None
-    """Share of the steps with linear warm-up."""
+    """Share of the steps with linear warm-up; of a one-cycle run the share that rises."""
     augment: str | None = None
     """Augmentation policy of the bank images; none follows the protocol."""
     order: Literal["random", "easy2hard", "self_paced"] = "random"
