@@ -25,17 +25,8 @@ def mixes(policy: str) -> bool:
     return policy.endswith(("_cutmix", "_mixup"))
 
 
-def mixing_note(policy: str, labels: str, *, live: bool) -> str | None:
-    """What to say where mixed images meet targets that are not the teacher's answer to them; None: nothing.
-
-    Args:
-        policy: of the images. labels: the policy of hard labels (none, argmax, stored). live: whether the teacher
-            scores the images as they are shown.
-    """
-    if not mixes(policy):
+def mixing_note(policy: str, labels: str) -> str | None:
+    """What to say of hard labels (none, argmax, stored) beside mixed images; None: nothing."""
+    if not mixes(policy) or labels != "stored":
         return None
-    if not live:
-        return f"augment {policy} mixes images, but stored logits belong to unmixed ones: use a live teacher or views"
-    if labels == "stored":
-        return f"augment {policy}: a mixed image has the label of the image that was there first"
-    return None
+    return f"augment {policy}: a mixed image has the label of the image that was there first"

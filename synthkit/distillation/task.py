@@ -19,6 +19,7 @@ from synthkit.bank.hub.common import local_bank
 from synthkit.bank.labels.stored import StoredLogits, has_logits, transform_note
 from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
+from synthkit.data.policies import mixing_note
 from synthkit.data.specs import load_data
 from synthkit.distillation.assemble import assemble, make_loss, placeholder_labels
 from synthkit.distillation.checks import check_labels, check_logits, check_needs, fresh_share
@@ -126,6 +127,8 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     options = dataclasses.asdict(loss.config)
     if (said := beside_note(protocol, cfg.loss_name, options)) is not None:
         notes.append(said)
+    if (said := mixing_note(plan.augment, cfg.labels)) is not None:
+        notes.append(said)
     if bank.spec.contains_real:
         notes.append("the bank contains real images: this student is not data-free")
     elif bank.spec.real_data_used:
@@ -215,7 +218,7 @@ def _teacher(
     if not specs:
         raise ConfigError("teacher: no model spec", got=spec)
     try:
-        members = [load_model(one) for one in specs]
+        members = [_load_teacher(one, bank) for one in specs]
     except ModelError as error:
         if cfg.teacher is not None or cfg.logits == "live":
             raise
@@ -237,6 +240,23 @@ def _teacher(
         made = "the bank was made with" if labels is None else f"made label set {labels.name!r}"
         notes.append(f"the teacher is another file than the one that {made}")
     return views[0], teacher_facts(specs[0], loaded)
+
+
+def _load_teacher(spec: str, bank: Bank) -> LoadedModel:
+    """The model of a spec, or `random:ARCH[@SEED]`: a teacher that knows nothing, to tell what a loss alone does."""
+    if not spec.startswith("random:"):
+        return load_model(spec)
+    name, _, seed = spec.removeprefix("random:").partition("@")
+    if seed and not seed.isdigit():
+        raise ConfigError("teacher random:ARCH@SEED: the seed is a whole number", got=seed)
+    channels, _, side = bank.shape
+    loaded = load_model(
+        name, num_classes=bank.num_classes, in_channels=channels, image_size=side, weights="optional",
+        seed=int(seed or 0),
+    )  # fmt: skip
+    loaded.card.mean, loaded.card.std, loaded.card.class_names = list(bank.mean), list(bank.std), bank.class_names
+    loaded.module.eval()
+    return loaded
 
 
 def check_fits(what: str, spec: str, bank: Bank, classes: int, size: tuple[int, ...]) -> None:
