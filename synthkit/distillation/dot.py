@@ -89,11 +89,16 @@ class DOT(torch.optim.Optimizer):
         """Set the gradients that lie in `grad` aside as the distillation's."""
         self._keep(DISTILLATION)
 
-    def kept(self) -> list[Tensor]:
-        """Everything that was set aside since the last step, in the order of the parameters: to be averaged over ranks
-        in place."""
+    def each_part(self, action: Callable[[list[Tensor]], None]) -> None:
+        """Call `action` on all parameters twice: while the task's gradients lie in `grad`, and while the distillation's
+        do (None where there is none). It may change them, as averaging over ranks does. To be called before `step`."""
+        self._keep(DISTILLATION)
         parameters = [p for group in self.param_groups for p in group["params"]]
-        return [pile[p] for pile in self._kept.values() for p in parameters if p in pile]
+        for kind, pile in self._kept.items():
+            for p in parameters:
+                p.grad = pile.pop(p, None)
+            action(parameters)
+            self._keep(kind)
 
     @torch.no_grad()
     def _keep(self, kind: str) -> None:

@@ -120,9 +120,11 @@ class DistillWeighted(Loss):
         assert self.aux is not None
         logits: list[list[Tensor]] = []
         labels: list[Tensor] = []
+        passed = 0
         for look in looks():
             assert look.labels is not None
-            chosen = (look.index % self._stride == 0).cpu()
+            chosen = torch.arange(passed, passed + len(look.labels)) % self._stride == 0
+            passed += len(chosen)
             logits.append([member.cpu()[chosen] for member in members_of(look.teacher)])
             labels.append(look.labels.cpu()[chosen])
         truth = torch.cat(labels)
