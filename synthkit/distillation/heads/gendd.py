@@ -128,7 +128,7 @@ class SimpleMLPAdaLN(nn.Module):
         if scale == 1.0:
             return self(state, times, condition, position)
         both = torch.cat([condition, torch.zeros_like(condition)])
-        given, empty = self(state.repeat(2, 1), times, both, position.repeat(2)).chunk(2)
+        given, empty = self(state.repeat(2, 1), times, both, position.repeat(2)).unflatten(0, (2, -1)).unbind()
         noise, place = given.chunk(2, dim=-1)
         base = empty[:, : self.token_dim]
         return torch.cat([base + scale * (noise - base), place], dim=-1)

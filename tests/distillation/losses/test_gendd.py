@@ -401,6 +401,29 @@ def test_a_whole_run(workshop, tmp_path, supervised):
     assert bool((loaded.module.head.final_layer.linear.weight != 0).any())
 
 
+def test_micro_batches_change_nothing(workshop, tmp_path):
+    """Noise, times and dropped rows belong to rows of the global batch, however it is cut (no BatchNorm here)."""
+    found = []
+    for parts in (1, 4):
+        given = DistillConfig(
+            bank=str(workshop.bank), student="lenet5_half", epochs=1, batch_size=32, optimizer="sgd", lr=1e-3,
+            augment="none", loss_name="gendd", labels="argmax", accumulate=parts, out=str(tmp_path / f"run{parts}"),
+            loss=GenDD.Config(token_dim=14, width=16, depth=1, repeats=2, steps=2, samples=1, mix=1.0),
+            runtime=RuntimeConfig(device="cpu"),
+        )  # fmt: skip
+        found.append(load_model(str(distill(given).path)).module.state_dict())
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_changes_nothing():
+    loss, student, teacher = make(), taps(6, 1), taps(24, 2)
+    expected = loss(student, teacher, batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(student, teacher, batch())
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_settings_from_a_file_are_checked():
     settings = make().deployed_settings()
     for changed in ({"width": 10**9}, {"steps": 1}, {"token_dim": 7}, {"seed": "x"}, {"guidance": None}, {"bias": 1}):
