@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from synthkit.cli.arguments import print_json
 from synthkit.config.parse import parse_command_line
+from synthkit.distillation.relabel_presets import PRESETS
 
 if TYPE_CHECKING:
     from synthkit.bank import LabelSet
@@ -58,5 +59,7 @@ def summary_lines(labels: LabelSet) -> list[str]:
     if errors is not None:
         said = ", ".join(f"{100 * value:.2f} % at T = {t}" for t, value in errors.items())
         lines.append(f"  top {spec.top_k} misses the teacher's probabilities by (total variation) {said}")
-    lines.append(f"next: synthkit distill --bank {bank} --label_set {labels.name} --student NAME")
+    preset = spec.policy.get("name")
+    protocol = f" --protocol {preset}" if preset in PRESETS else ""
+    lines.append(f"next: synthkit distill --bank {bank} --label_set {labels.name} --student NAME{protocol}")
     return lines

@@ -18,6 +18,7 @@ from synthkit.bank.make import bank_from_arrays
 from synthkit.cli.main import main
 from synthkit.config.parse import parse_config
 from synthkit.config.schema import RelabelConfig, RuntimeConfig
+from synthkit.distillation.protocols import PROTOCOLS
 from synthkit.distillation.relabel import relabel, teacher_mode
 from synthkit.distillation.relabel_presets import PRESETS, Labelling, labelling
 from synthkit.errors import ConfigError, ModelError, RequirementError
@@ -172,10 +173,16 @@ def test_a_preset_from_the_command_line(bank, pair, capsys):
     words = ["relabel", "--bank", str(bank), "--device", "cpu", "--teacher", ",".join(pair[1]), "--preset", "cvdd"]
     assert main([*words, "--name", "few", "--views", "3", "--json"]) == 0
     out, err = capsys.readouterr()
+    assert set(PRESETS) <= set(PROTOCOLS)  # what `next:` offers
     found = json.loads(out)
     assert found["rows"] == 60 and found["policy"]["name"] == "custom" and found["policy"]["views"]["mix"]
     assert found["policy"]["teacher"] == {"bn": "batch", "batch_size": 8, "precision": "fp32", "combine": "logits"}
     assert "note: preset cvdd changed by flags: CV-DD, SRe2L++" in err
+    flags = ["--seed", "3", "--teacher", pair[1][0]]
+    assert main([*words, *flags, "--name", "whole", "--shards", "1/30"]) == 0  # a part of all 300 views
+    assert "unfinished" in capsys.readouterr().out
+    record = json.loads((bank / "labels" / "whole" / "labels.json").read_text())
+    assert record["policy"]["name"] == "cvdd" and record["rows"] == 6000
     wanted = by_hand(bank, "few", pair[1], bn="batch", combine="logits", batch_size=8)
     stored = torch.from_numpy(np.asarray(Bank(bank).labels("few").logits(np.arange(60)))).double()
     torch.testing.assert_close(stored, wanted, rtol=1e-3, atol=2e-3)
@@ -200,3 +207,40 @@ def test_records_are_fkds():
     logits = made.double().flatten(1) @ torch.from_numpy(golden["W"]).T
     released = torch.from_numpy(golden["rec5_logits_fp16"]).double()
     torch.testing.assert_close(logits, released, rtol=2e-3, atol=2e-3)
+
+
+def test_the_recipes_of_post_training_run(bank, pair, tmp_path, capsys):
+    """Each with its own loss, labels and schedule, cut to a step or two."""
+    words = ["--bank", str(bank), "--device", "cpu"]
+    few = ["--epochs", "2", "--batch_size", "10", "--student", "lenet5_half_bn"]
+    for name, views in (("edc", "2"), ("cvdd", "2"), ("fkd", "2")):
+        small = ["--views", views, "--batch_size", "8", "--top_k", "2"]
+        teachers = ["--teacher", ",".join(pair[1])]
+        assert main(["relabel", "--config", f"posttrain/{name}-relabel", *words, *teachers, *small]) == 0
+        out = ["--out", str(tmp_path / name)]
+        assert main(["distill", "--config", f"posttrain/{name}", *words, *few, *out]) == 0
+    said = capsys.readouterr().err
+    assert "linear eta 2, wd 0.01 (none on vectors), batch 10, 2 epochs, augment none" in said
+    assert "was published with" not in said  # the recipes have the published losses
+    live = ["--teacher", pair[1][0], *few]
+    for name in ("rded-cifar", "sre2l-tiny", "rded", "sre2l-cifar"):
+        assert main(["distill", "--config", f"posttrain/{name}", *words, *live, "--out", str(tmp_path / name)]) == 0
+    said = capsys.readouterr().err
+    assert "augment patches_rrc_flip_cutmix" in said and "was published with" not in said
+    other = ["--protocol", "sre2l-tiny", *words, *live, "--out", str(tmp_path / "other")]
+    assert main(["distill", "--loss", "kd", *other]) == 0
+    assert "protocol sre2l-tiny was published with --loss.temperature 20.0" in capsys.readouterr().err
+
+
+def test_ferkd_filters_stored_crops(bank, pair, tmp_path):
+    words = ["--bank", str(bank), "--device", "cpu"]
+    assert main(["relabel", *words, "--teacher", pair[1][0], "--name", "crops", "--views", "2"]) == 0
+    words += ["--student", "lenet5_half_bn", "--loss", "ferkd", "--labels", "stored", "--label_set", "crops",
+              "--epochs", "1", "--batch_size", "10", "--holdout", "0"]  # fmt: skip
+    losses = []
+    for number, bounds in enumerate((("0", "1"), ("1", "1"))):
+        out = tmp_path / str(number)
+        low, high = bounds
+        assert main(["distill", *words, "--loss.low", low, "--loss.high", high, "--out", str(out)]) == 0
+        losses.append(json.loads((out / "result.json").read_text())["loss"])
+    assert losses[0] > 0.1 and losses[1] == 0.0  # everything is kept; everything is too hard
