@@ -2,6 +2,8 @@
 
 Mixed images have no label of their own: the teacher scores the mixed image (kd.md 2.23, largescale.md 1), and a hard
 label that goes with it is that of the image that was there first. Pixel space, shapes and generators as in augment.py.
+Cost: as augment.py; a resized crop takes about twice the time of crop_flip, mixing a third of it.
+
 Source: VILA-Lab/SRe2L@8d00cba364bf (`utils_fkd.py`) and LINs-lab/RDED@3f6453d8b18b (`ShufflePatches`).
 """
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from synthkit.config.schema import DistillConfig, TeachConfig
+from synthkit.data.policies import mixes
 from synthkit.distillation.plan import OPTIMIZERS, SCHEDULES, Plan, Schedule
 from synthkit.distillation.weighted import parse_terms
 from synthkit.errors import ConfigError
@@ -275,11 +276,14 @@ def teach_plan(cfg: TeachConfig, channels: int) -> Plan:
     """The plan of a teach run; `augment auto` is crop_flip for colour images and shift for grey ones.
 
     Raises:
-        ConfigError: a value out of range, or epochs and steps both given.
+        ConfigError: a value out of range, epochs and steps both given, or an augmentation that mixes images.
     """
     if cfg.epochs is not None and cfg.steps is not None:
         raise ConfigError("epochs and steps exclude each other", got=(cfg.epochs, cfg.steps), hint="give one of them")
     augment = cfg.augment if cfg.augment != "auto" else ("shift" if channels == 1 else "crop_flip")
+    if mixes(augment):
+        raise ConfigError("augment: mixed images have no label, and a teacher is taught with labels", got=augment,
+                          hint=f"use {augment.rsplit('_', 1)[0]}")  # fmt: skip
     return Plan(
         batch_size=cfg.batch_size,
         epochs=None if cfg.steps is not None else 200 if cfg.epochs is None else cfg.epochs,

@@ -234,3 +234,5 @@ def test_teach_plan():
     grey, colour = TeachConfig(arch="a", data="d"), TeachConfig(arch="a", data="d", momentum=0.0)
     assert teach_plan(grey, 1).augment == "shift" and teach_plan(colour, 3).augment == "crop_flip"
     assert teach_plan(grey, 1).nesterov and not teach_plan(colour, 3).nesterov  # Nesterov needs momentum
+    with pytest.raises(ConfigError, match="use rrc_flip"):
+        teach_plan(TeachConfig(arch="a", data="d", augment="rrc_flip_cutmix"), 3)
