@@ -157,6 +157,8 @@ class RelabelConfig:
     """Model spec of the teacher, or of several (A,B); none takes the one that the bank names."""
     combine: Literal["probs", "logits"] | None = None
     """Several teachers: mean of their probabilities (none: this) or of their logits."""
+    weights: tuple[float, ...] | None = None
+    """Several teachers: a positive weight of each, scaled to sum to 1 (none: equal)."""
     views: int | None = None
     """View epochs: stored views of every image; 0 labels the images as they are (none: 0)."""
     crop_scale: tuple[float, float] | None = None

@@ -151,7 +151,8 @@ def label_spec(
         "name": how.name, "version": 1, "seed": cfg.seed if draw is not None else None,
         "views": None if draw is None else draw.policy.to_dict(),
         "teacher": {"bn": how.bn, "batch_size": how.batch_size, "precision": precision,
-                    **({"combine": how.combine} if "members" in facts else {})},
+                    **({"combine": how.combine, "weights": cfg.weights and list(cfg.weights)}
+                       if "members" in facts else {})},
     }  # fmt: skip
     common: dict[str, Any] = {
         "kind": "images" if draw is None else "views", "bank": bank.record["uuid"], "images": len(bank), "rows": rows,
@@ -171,12 +172,14 @@ def _teacher(cfg: RelabelConfig, how: Labelling, bank: Bank, notes: list[str]) -
     if not found:
         raise ConfigError("teacher: no model spec", got=named)
     if len(found) == 1:
+        if cfg.weights is not None:
+            raise ConfigError("weights are for several teachers", got=cfg.weights, hint="--teacher A,B")
         return found[0]
     members = [facts for _, facts in found]
     shas = [str(facts.get("sha256")) for facts in members]
     facts = {"spec": ",".join(str(f["spec"]) for f in members), "members": members,
              "sha256": hashlib.sha256(" ".join(shas).encode()).hexdigest()}  # fmt: skip
-    return TeacherEnsemble([view for view, _ in found], how.combine), facts
+    return TeacherEnsemble([view for view, _ in found], how.combine, cfg.weights), facts
 
 
 def _member(

@@ -49,7 +49,7 @@ PRESETS: dict[str, RelabelPreset] = {
     ),
     "cvdd": RelabelPreset(
         description="CV-DD, SRe2L++, FADRM: as sre2l with batch statistics over 8 rows (two halves of 16); several "
-        "teachers by the mean of logits (CV-DD weighs them by accuracy: not done)",
+        "teachers by the mean of logits (CV-DD: --weights, softmax of their prior accuracies in % over 10)",
         values={"views": 300, "mix": "cutmix", "bn": "batch", "batch_size": 8, "combine": "logits"},
     ),
     "rded": RelabelPreset(

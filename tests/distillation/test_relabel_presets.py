@@ -128,6 +128,21 @@ def test_one_teacher_among_others_counts_as_much_as_they_do(bank, pair):
     assert len(shas) == 3
 
 
+def test_teachers_may_be_weighed(bank, pair):
+    for name, spec in (("one", pair[1][0]), ("two", pair[1][1])):
+        relabel(config(bank, spec, name))
+    relabel(config(bank, ",".join(pair[1]), "both", combine="logits", weights=(3.0, 1.0)))
+    one, two, both = (
+        torch.from_numpy(np.asarray(Bank(bank).labels(n).logits(np.arange(20)))).float() for n in ("one", "two", "both")
+    )
+    torch.testing.assert_close(both, 0.75 * one + 0.25 * two, rtol=2e-3, atol=5e-3)
+    assert Bank(bank).labels("both").spec.policy["teacher"]["weights"] == [3.0, 1.0]
+    with pytest.raises(ConfigError, match="several teachers"):
+        relabel(config(bank, pair[1][0], "c", weights=(1.0,)))
+    with pytest.raises(ConfigError, match=r"one positive number per teacher \(2\)"):
+        relabel(config(bank, ",".join(pair[1]), "c", weights=(1.0,)))
+
+
 def test_an_ensemble_that_cannot_be_is_refused(bank, pair, tmp_path):
     bare = teacher(tmp_path, "lenet5_half", 3, mean=0.3)
     with pytest.raises(RequirementError, match="no BatchNorm"):  # of one member is enough
@@ -176,7 +191,8 @@ def test_a_preset_from_the_command_line(bank, pair, capsys):
     assert set(PRESETS) <= set(PROTOCOLS)  # what `next:` offers
     found = json.loads(out)
     assert found["rows"] == 60 and found["policy"]["name"] == "custom" and found["policy"]["views"]["mix"]
-    assert found["policy"]["teacher"] == {"bn": "batch", "batch_size": 8, "precision": "fp32", "combine": "logits"}
+    assert found["policy"]["teacher"] == {"bn": "batch", "batch_size": 8, "precision": "fp32", "combine": "logits",
+                                          "weights": None}  # fmt: skip
     assert "note: preset cvdd changed by flags: CV-DD, SRe2L++" in err
     flags = ["--seed", "3", "--teacher", pair[1][0]]
     assert main([*words, *flags, "--name", "whole", "--shards", "1/30"]) == 0  # a part of all 300 views
