@@ -20,6 +20,7 @@ BENCHES = {
     "kills": "kill -9 writers, sealers, mergers, exporters at any moment; count lost images and wrong bytes",
     "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
     "mixture": "which share of freshly generated images trains the best student from a bank",
+    "losses": "every distillation loss on one bank: same teacher, student and epochs, over seeds, with controls",
     "distill": "images/s of the distill trainer against the bare networks and a torch DataLoader over PNG files",
     "dfkd": "all data-free methods for the same CPU seconds: students, controls, published numbers, selection",
     "engines": "the four engines on one teacher: same images, student and steps; accuracy, time, memory, data needed",

@@ -170,7 +170,8 @@ class Distillation:
         parts = {name: value.mean() for name, value in values.items()}
         task = [parts[name] for name in TASK_TERMS if name in parts]
         shown = {name: value.detach() for name, value in parts.items()} if len(parts) > 1 else {}
-        shown["agreement"] = agreement_per_sample(student.logits.detach(), teacher.logits).mean()
+        if not self.loss.requires.deploys:  # there the student's own classifier is not what is used
+            shown["agreement"] = agreement_per_sample(student.logits.detach(), teacher.logits).mean()
         return Figures(
             loss=torch.stack(list(parts.values())).sum(),
             task=torch.stack(task).sum() if task else None,

@@ -225,7 +225,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         figures = self._backward(batch)
         if self.runtime.world > 1:
-            average_gradients(self.parameters)
+            each = getattr(self.optimizer, "each_part", None)  # DOT keeps two gradients of every parameter
+            _ = each(average_gradients) if each else average_gradients(self.parameters)
         self.optimizer.step()
         if self.average is not None:
             self._follow(self.average)
@@ -291,17 +292,16 @@ class Trainer:
         if keep is None:
             self.runtime.accelerator.backward(figures.loss * share if share != 1.0 else figures.loss)
             return
+        rest = figures.loss
         if figures.task is not None:
             self.runtime.accelerator.backward(figures.task * share, retain_graph=True)
-            figures.loss = figures.loss - figures.task
+            rest = figures.loss - figures.task
         keep()
-        self.runtime.accelerator.backward(figures.loss * share)
+        self.runtime.accelerator.backward(rest * share)
+        self.optimizer.keep_distillation()  # type: ignore[attr-defined]  # DOT has both
 
     def _shown(self, figures: Figures) -> dict[str, Tensor]:
-        loss = figures.loss if figures.task is None or not hasattr(self.optimizer, "keep_task") else (
-            figures.loss + figures.task
-        )  # fmt: skip
-        return {"loss": loss.detach(), **figures.shown}
+        return {"loss": figures.loss.detach(), **figures.shown}
 
     def _reseed(self, part: int) -> None:
         """Dropout of one micro-batch: the same in both of its forward passes."""

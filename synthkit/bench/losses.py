@@ -1,0 +1,159 @@
+"""`synthkit bench losses`: every distillation loss on one bank, same teacher, student and epochs, over seeds.
+
+On a bank of labelled real images (`--beside ce`) a method stands beside the cross-entropy, with the weight that it was
+published with; on a synthetic bank (`--beside kd`) beside KD, with the teacher's argmax where it needs labels. The
+headline is the last epoch on `--eval-data`; the controls are plain cross-entropy, plain KD, and KD from a teacher that
+knows nothing. Every difference to KD is over the same seeds. Resumed when `--work` exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from synthkit.bench.losses_plan import Row, rows
+from synthkit.bench.pipeline import spread
+from synthkit.cli.arguments import Arguments
+from synthkit.config.parse import parse_config
+from synthkit.errors import ConfigError, NonFiniteError, UsageError
+from synthkit.runtime import RunDir, hardware, versions, write_json
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run, print JSON."""
+    parser = Arguments(prog="synthkit bench losses", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bank", required=True, help="the images; labelled real ones with --beside ce")
+    parser.add_argument("--teacher", required=True, help="model spec")
+    parser.add_argument("--second-teacher", default=None, help="model spec; rows of several teachers need it")
+    parser.add_argument("--student", required=True, help="architecture, trained from fresh weights")
+    parser.add_argument("--eval-data", required=True, help="data spec; its test split judges the last epoch")
+    parser.add_argument("--beside", choices=["ce", "kd"], required=True, help="what stands beside a method")
+    parser.add_argument("--losses", default=None, help="comma-separated rows (none: all)")
+    parser.add_argument("--protocol", default="auto", help="named preset (synthkit list protocols)")
+    parser.add_argument("--epochs", type=int, required=True, help="passes over the bank")
+    parser.add_argument("--lr", type=float, default=None, help="instead of the protocol's rate")
+    parser.add_argument("--seeds", type=int, default=3, help="students of every loss (3)")
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs (resumed when it exists)")
+    parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
+    parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
+    args = parser.parse(argv)
+    result = measure(args)
+    if args.out:
+        write_json(args.out, result)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The table."""
+    plan = rows(args.beside)
+    if args.second_teacher is None:
+        plan = {name: row for name, row in plan.items() if row.teachers < 2}
+    names = list(plan) if args.losses is None else [n.strip() for n in args.losses.split(",") if n.strip()]
+    for name in names:
+        if name not in plan:
+            raise ConfigError("bench losses: --losses: no such row", got=name, allowed=plan)
+    made = {}
+    for name in names:
+        made[name] = _row(name, plan[name], args)
+        print(f"{name} ({plan[name].loss}): {_text(made[name])}", file=sys.stderr, flush=True)
+    if not args.only_runs and "kd" in made and "values" in (made["kd"].get("top1") or {}):
+        for row in made.values():
+            if row["top1"] is not None:
+                row["above_kd"] = _paired(row["top1"]["values"], made["kd"]["top1"]["values"])
+    return {
+        "what": "every distillation loss on one bank: top-1 of the last epoch, over seeds",
+        **{k: str(v) for k, v in vars(args).items() if k in ("bank", "teacher", "student", "eval_data", "beside")},
+        "protocol": args.protocol,
+        "epochs": args.epochs,
+        "precision": args.precision,
+        "teacher_top1": next((r["teacher_top1"] for r in made.values() if r["teacher_top1"] is not None), None),
+        "rows": made,
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def _row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    """One loss over the seeds."""
+    found: dict[str, Any] = {"loss": row.loss, "options": row.options, "config": row.config}
+    results = []
+    for seed in range(args.seeds):
+        try:
+            results.append(_run(name, row, seed, args))
+        except (NonFiniteError, UsageError) as error:  # it diverged, or these networks are refused: that is the result
+            return found | {"top1": None, "teacher_top1": None, "failed": f"seed {seed}: {error}"}
+    extra = {k: results[0][k] for k in ("deployed_params", "plain_params", "deployed_flops", "plain_flops")
+             if k in results[0]}  # fmt: skip
+    if "plain_top1" in results[0]:
+        extra["plain_top1"] = spread([r["plain_top1"] for r in results])
+    return found | {
+        "top1": spread([r["top1"] for r in results]),
+        "teacher_top1": results[0].get("teacher_top1") if row.teachers == 1 else None,
+        "agreement": spread([r["eval_agreement"] for r in results]) if row.teachers == 1 else None,
+        "images_per_second": statistics.median(r["images_per_second"] for r in results),
+        "cpu_seconds": statistics.median(r["cpu_seconds"] for r in results),
+        **extra,
+    }
+
+
+def _run(name: str, row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    from synthkit.distillation.distill import distill
+
+    path = args.work / f"{name}-seed{seed}"
+    kept = RunDir(path / "bench").read_json("result.json") if (path / "bench").is_dir() else None
+    if kept is not None:
+        return kept
+    teacher = {0: f"random:{_arch(args.teacher)}", 2: f"{args.teacher},{args.second_teacher}"}
+    values: dict[str, Any] = {
+        "bank": args.bank, "student": args.student, "teacher": teacher.get(row.teachers, args.teacher),
+        "loss": {"name": row.loss, **row.options}, "labels": _labels(row, args.beside), "holdout": 0.0,
+        "eval_data": args.eval_data, "protocol": args.protocol, "epochs": args.epochs, "seed": seed, "fresh": 0.0,
+        "out": str(path), "resume": True, "runtime": {"precision": args.precision, "device": "cpu"}, **row.config,
+    }  # fmt: skip
+    if args.lr is not None:
+        values["lr"] = args.lr
+    began = time.process_time()
+    result = distill(parse_config("distill", values)).metrics
+    record = {**result, "cpu_seconds": time.process_time() - began}
+    RunDir(path / "bench").create().write_json("result.json", record)
+    return record
+
+
+def _labels(row: Row, beside: str) -> str:
+    """The label policy: real labels on real images, else the teacher's argmax, where the loss needs any."""
+    from synthkit.tables import lookup
+
+    kind = lookup("loss", row.loss)
+    config = kind.Config(**row.options) if row.options else kind.Config()
+    if not kind(config).requires.labels:
+        return "none"
+    return "stored" if beside == "ce" else "argmax"
+
+
+def _arch(teacher: str) -> str:
+    from synthkit.models.build import load_model
+
+    return load_model(teacher).card.arch
+
+
+def _paired(values: list[float], control: list[float]) -> dict[str, float] | None:
+    """Mean difference over the same seeds and its standard error."""
+    if len(values) != len(control):
+        raise UsageError("bench losses: rows of different seeds", got=(len(values), len(control)))
+    gaps = [a - b for a, b in zip(values, control, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    return {"mean": statistics.fmean(gaps), "stderr": error, "n": len(gaps)}
+
+
+def _text(row: dict[str, Any]) -> str:
+    top1 = row["top1"]
+    if top1 is None:
+        return row["failed"]
+    return f"{100 * top1['mean']:.2f} ± {100 * top1['std']:.2f} % (n {top1['n']}), {row['cpu_seconds']:.0f} CPU s"
