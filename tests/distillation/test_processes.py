@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from synthkit.cli.main import main
+from synthkit.models.view import ModelView
 
 SCRIPT = """
 import sys
@@ -91,3 +93,130 @@ def test_two_processes_train_the_same_student_as_one(workshop, tmp_path):
     results = [json.loads((tmp_path / n / "result.json").read_text()) for n in ("one", "two")]
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["world"] == 2
+
+
+# --- several runs in one pair of ranks --------------------------------------------------------------------------------
+
+PAIR = """
+import json, os, sys
+import torch
+from synthkit.cli.main import main
+from synthkit.distillation import trainer
+from synthkit.models.view import ModelView
+torch.set_default_dtype(torch.float64)
+normalize = ModelView.normalize
+ModelView.normalize = lambda view, images: normalize(view, images).double()
+from synthkit.distillation import distill
+check = distill.check_out
+def check_out(*given, **options):  # jobs of one process meet here: before the first of them makes the directory
+    found = check(*given, **options)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return found
+distill.check_out = check_out
+jobs, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
+if die_at and os.environ["RANK"] == "1":
+    average, calls = trainer.average_gradients, []
+    def dying(parameters):
+        calls.append(1)
+        if len(calls) > die_at:
+            os.kill(os.getpid(), 9)
+        average(parameters)
+    trainer.average_gradients = dying
+codes = [main(words) for words in jobs]
+sys.exit(max(codes))
+"""
+
+CASES = {
+    "kd": [],
+    "relational": ["--loss", "sp"],
+    "relational accumulated": ["--loss", "kd+rkd", "--accumulate", "2"],
+    "modules of the loss": ["--loss", "fitnet", "--accumulate", "2"],
+}
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Networks in float64, as in `PAIR`: in float32 the channels-last BatchNorm of torch on CPU has gradients that are
+    off by a part in ten thousand, which 20 steps with BatchNorm blow up to percents and so hide what is tested."""
+    normalize = ModelView.normalize
+    monkeypatch.setattr(ModelView, "normalize", lambda view, images: normalize(view, images).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def bn_words(workshop, case: str) -> list[str]:
+    """20 steps of a network with BatchNorm."""
+    words = ["distill", "--bank", str(workshop.bank), "--device", "cpu", "--student", "resnet8", "--steps", "20"]
+    words += ["--batch_size", "16", "--augment", "crop_flip", "--optimizer", "sgd", "--lr", "0.02"]
+    return [*words, *CASES[case]]
+
+
+def run_pair(jobs: list[list[str]], *, die_at: int = 0) -> list[tuple[int, str]]:
+    """(exit code, standard error) of both ranks, started without a launcher that would end the other one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = [sys.executable, "-c", PAIR, json.dumps([[*job, "--world", "2"] for job in jobs]), str(die_at)]
+        processes.append(
+            subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment() | where
+            )
+        )
+    try:
+        return [(p.returncode, said) for p in processes for said in [p.communicate(timeout=250)[1]]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(workshop, tmp_path_factory) -> tuple[Path, str]:
+    """The runs of all cases by two ranks, and what the first said."""
+    root = tmp_path_factory.mktemp("pair")
+    found = run_pair([[*bn_words(workshop, case), "--out", str(root / case)] for case in CASES])
+    assert [code for code, _ in found] == [0, 0], found
+    assert not [line for line in found[1][1].splitlines() if line.startswith("distill:")]  # the first speaks for all
+    return root, found[0][1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_with_batchnorm_train_the_same_student_as_one(workshop, pair, double, tmp_path, case):
+    """The same global batch: equal to 1e-5 after 20 steps, weights and running statistics."""
+    root, said = pair
+    assert "2 process(es)" in said
+    assert main([*bn_words(workshop, case), "--out", str(tmp_path / "one")]) == 0
+    one, two = (load_file(str(p / "student.safetensors")) for p in (tmp_path / "one", root / case))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    results = [json.loads((p / "result.json").read_text()) for p in (tmp_path / "one", root / case)]
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-4)
+
+
+def test_a_killed_rank_ends_the_run_and_resume_goes_on(workshop, pair, tmp_path):
+    """kill -9 of rank 1 in step 13: rank 0 ends with a typed error; resumed, the bytes of an uninterrupted pair."""
+    words = [*bn_words(workshop, "kd"), "--out", str(tmp_path / "run"), "--resume"]
+    began = time.monotonic()
+    (code, said), (killed, _) = run_pair([words], die_at=12)
+    assert killed == -signal.SIGKILL and code == 1
+    assert "another process of this run is gone or does not answer" in said and "--resume" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - began < 120  # far below the half hour of the backend's own patience
+    assert not (tmp_path / "run" / "student.safetensors").exists()
+    assert list((tmp_path / "run" / "state").glob("*.json"))  # of the end of the first epoch
+    assert [code for code, _ in run_pair([words])] == [0, 0]
+    expected = (pair[0] / "kd" / "student.safetensors").read_bytes()
+    assert (tmp_path / "run" / "student.safetensors").read_bytes() == expected
+
+
+def test_the_wrong_number_of_processes_is_refused(workshop, tmp_path, capsys):
+    """Two were asked for, this is one: nothing is trained."""
+    words = distill_words(workshop, "--student", "lenet5_half", "--world", "2", "--out", str(tmp_path / "o"))
+    assert main(words) == 1
+    assert "2 processes were asked for (runtime.world); got 1" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
