@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +17,7 @@ from synthkit.distillation.assemble import assemble
 from synthkit.distillation.deployed import Deployed
 from synthkit.distillation.objective import LOOK_ROWS, Distillation
 from synthkit.distillation.outputs import check_out, finish_run, short_hash, start_run
+from synthkit.distillation.ranks import talking
 from synthkit.distillation.sources import (
     BatchSource,
     BlockShuffled,
@@ -71,21 +73,21 @@ def distill(cfg: DistillConfig) -> RunResult:
     job = _Job(task, runtime)
     job.announce(path)
     several = cfg.seeds > 1
-    if several:
-        start_run(path, cfg, runtime, command="distill")
-    results = []
-    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-        results.append(job.run(path / f"seed{seed}" if several else path, seed))
-    control = job.run(path / "control", cfg.seed, control=True) if cfg.control != "none" else None
-    headline = summarise(results) if several else dict(results[0])
-    if control is not None:
-        headline["control"] = control
-    if runtime.is_main:
-        run = RunDir(path)
-        run.write_json("summary.json" if several else "result.json", headline)
+    with talking("training") if runtime.world > 1 else contextlib.nullcontext():
         if several:
-            finish_run(run)
-    runtime.accelerator.wait_for_everyone()
+            start_run(path, cfg, runtime, command="distill")
+        seeds = range(cfg.seed, cfg.seed + cfg.seeds)
+        results = [job.run(path / f"seed{seed}" if several else path, seed) for seed in seeds]
+        control = job.run(path / "control", cfg.seed, control=True) if cfg.control != "none" else None
+        headline = summarise(results) if several else dict(results[0])
+        if control is not None:
+            headline["control"] = control
+        if runtime.is_main:
+            run = RunDir(path)
+            run.write_json("summary.json" if several else "result.json", headline)
+            if several:
+                finish_run(run)
+        runtime.accelerator.wait_for_everyone()
     folders = [path / f"seed{s}" for s in range(cfg.seed, cfg.seed + cfg.seeds)] if several else [path]
     cards = [folder / "card.yaml" for folder in folders]
     return RunResult(path=path, student=cards[0], metrics=headline, students=cards, control=control)
@@ -121,9 +123,10 @@ class _Job:
         self.task, self.runtime, self.cfg = task, runtime, task.cfg
         self._store: Store | None = None
         if task.teacher is not None:
-            task.teacher.to(runtime.device, channels_last=runtime.channels_last)
+            task.teacher.to(runtime.device, channels_last=runtime.lays_channels_last(task.bank.shape))
             if runtime.config.compile:
-                task.teacher.module.compile()
+                for member in getattr(task.teacher, "teachers", [task.teacher]):
+                    member.module.compile()
 
     def announce(self, path: Path) -> None:
         """Say what will be done before it is done."""

@@ -85,6 +85,7 @@ def check_out(path: Path, cfg: Any, *, resume: bool) -> dict[str, Any] | None:
 def start_run(path: Path, cfg: Any, runtime: Runtime, **facts: Any) -> RunDir:
     """Make the directory and write run.json (first rank only); `facts` are added to it."""
     run = RunDir(path)
+    runtime.accelerator.wait_for_everyone()  # all ranks have looked (`check_out`) before the first one writes
     if runtime.is_main:
         run.create()
         for left in path.glob("*.tmp-*"):  # of a killed run; this one now owns the directory

@@ -91,7 +91,8 @@ class Trainer:
         self.epochs = -(-self.total // source.steps_per_epoch)
         self.state = StateStore(run_dir.path / "state")
         self._frozen = copy.deepcopy(view.module)
-        view.to(runtime.device, channels_last=runtime.channels_last)
+        self.channels_last = runtime.lays_channels_last(view.input_size)
+        view.to(runtime.device, channels_last=self.channels_last)
         self.network = view.module
         self.parts = nn.ModuleDict({"network": self.network})
         if self.objective.aux is not None:
@@ -165,7 +166,7 @@ class Trainer:
             class_names=self.view.class_names,
             name=self.view.name,
         )
-        return view.to(self.runtime.device, channels_last=self.runtime.channels_last)  # type: ignore[return-value]  # `to` returns self
+        return view.to(self.runtime.device, channels_last=self.channels_last)  # type: ignore[return-value]  # `to` returns self
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ class Trainer:
         batch = self.source.batch(self.step)
         batch.epoch, batch.progress = self.step / self.source.steps_per_epoch, self.step / self.total
         batch.draw = drawer(self.seed, self.step)
-        if self.runtime.channels_last:
+        if self.channels_last:
             batch.images = batch.images.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
         figures = self._backward(batch)

@@ -106,14 +106,6 @@ from synthkit.models.view import ModelView
 torch.set_default_dtype(torch.float64)
 normalize = ModelView.normalize
 ModelView.normalize = lambda view, images: normalize(view, images).double()
-from synthkit.distillation import distill
-check = distill.check_out
-def check_out(*given, **options):  # jobs of one process meet here: before the first of them makes the directory
-    found = check(*given, **options)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return found
-distill.check_out = check_out
 jobs, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
 if die_at and os.environ["RANK"] == "1":
     average, calls = trainer.average_gradients, []

@@ -49,8 +49,9 @@ def ferkd_loss(
 
     >>> import torch
     >>> t = torch.tensor([[-9.0, 9.0], [0.0, 0.0], [9.0, -9.0]])
-    >>> ferkd_loss(torch.zeros(3, 2), t, torch.zeros(3, dtype=torch.int64), reduction="none").round(decimals=4).tolist()
-    [0.0, 0.6931000232696533, 0.6931000232696533]
+    >>> values = ferkd_loss(torch.zeros(3, 2), t, torch.zeros(3, dtype=torch.int64), reduction="none")
+    >>> [round(value, 4) for value in values.tolist()]
+    [0.0, 0.6931, 0.6931]
     """
     sure = F.softmax(teacher, dim=1).gather(1, labels[:, None])[:, 0]
     soft = soft_ce_per_sample(student, teacher, temperature)
