@@ -48,8 +48,11 @@ def rows(beside: str) -> dict[str, Row]:
         "ab": Row(f"{beside}@from{SHORT}+ab@until{SHORT}"),
         "dot": Row("ce+kd", config={"optimizer": "dot"}),
         "ce_kd": Row("ce+kd"),
+        "kd_self_paced": Row("0.1*ce+0.9*kd" if real else "kd", config={"order": "self_paced"}),
         "random_teacher": Row("0.1*ce+0.9*kd" if real else "kd", teachers=0),
     }
+    if not real:  # real images come without a stored difficulty
+        found["kd_easy2hard"] = Row("kd", config={"order": "easy2hard"})
     for name in ("dkd", "ikl", "gkl"):
         found[name] = Row(f"{beside}+{name}@ramp{SHORT}" if real else name)
     found["reviewkd"] = Row(f"{beside}+reviewkd@ramp{SHORT}")
