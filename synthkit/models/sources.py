@@ -7,7 +7,7 @@ from pathlib import Path
 
 from synthkit import paths
 from synthkit.errors import ModelError, WeightsError
-from synthkit.models import names
+from synthkit.models import names, own
 from synthkit.models.card import SUFFIXES as CARD_SUFFIXES
 from synthkit.models.card import ModelCard
 from synthkit.models.weights import SUFFIXES as WEIGHT_SUFFIXES
@@ -49,6 +49,10 @@ def resolve(spec: str, *, weights: str = "required") -> Source:
             "model: a weights file alone does not say its architecture", got=spec, hint=f"write NAME@{spec}, or a card"
         )
     name, at, file = spec.partition("@")
+    if name.startswith(own.PREFIXES) and not at:
+        if weights == "required" and name.startswith(own.CODE):
+            raise WeightsError(f"model: {name} has no weights of its own", hint=f"give them: {name}@FILE")
+        return Source(name)
     if at:
         return _named_file(spec, name, file)
     if "/" in name and not name.startswith(names.EXTERNAL):
