@@ -45,7 +45,8 @@ class Runtime:
         """Set up device, threads and precision.
 
         Raises:
-            ConfigError: the device does not exist, or precision is not available on it.
+            ConfigError: the device does not exist, or precision is not available on it; a tracker is not known, or
+                not installed.
             RunError: the number of processes differs from `config.world`.
         """
         import torch
@@ -59,7 +60,7 @@ class Runtime:
             torch.set_num_threads(config.threads)
         bf16_ok = device == "cuda" and torch.cuda.is_bf16_supported()
         precision = config.precision if config.precision != "auto" else ("bf16" if bf16_ok else "fp32")
-        trackers: list[Any] = [t.strip() for t in (config.tracker or "").split(",") if t.strip()]
+        trackers: list[Any] = _trackers(config.tracker)
         _forget_other_state(device == "cpu", "bf16" if precision == "bf16" else "no")
         accelerator = Accelerator(
             cpu=device == "cpu",
@@ -81,6 +82,11 @@ class Runtime:
         if trackers:
             accelerator.init_trackers("synthkit")
         return cls(accelerator, config)
+
+    def close_trackers(self) -> None:
+        """Let the trackers write what they hold back. Nothing is logged after it."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed-precision context of this run (a no-op in fp32)."""
@@ -113,6 +119,25 @@ class Runtime:
     def progress(self, total: int, description: str, *, initial: int = 0) -> Progress:
         """A progress line with rate, ETA and figures; quiet on ranks other than the first."""
         return Progress(total, description, initial=initial, enabled=self.is_main)
+
+
+def _trackers(asked: str | None) -> list[str]:
+    """The names in `--tracker`; accelerate leaves out what is not installed without a word."""
+    names = [name.strip() for name in (asked or "").split(",") if name.strip()]
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known = sorted({"all", *LOGGER_TYPE_TO_CLASS})
+    registered = set(LOGGER_TYPE_TO_CLASS) - {str(kind) for kind in LoggerType}  # by code of the user
+    here = {"all", *registered, *(str(kind) for kind in get_available_trackers())}
+    for name in names:
+        if name not in known:
+            raise ConfigError("tracker: not one of accelerate's", got=name, allowed=known)
+        if name not in here:
+            raise ConfigError(f"tracker: {name} is not installed", hint=f"pip install {name}, or leave --tracker out")
+    return names
 
 
 def _forget_other_state(cpu: bool, precision: str) -> None:

@@ -59,6 +59,7 @@ def summary_lines(result: RunResult) -> list[str]:
             f"  held out     {figure(found['holdout_agreement'])} agreement with the teacher, KL "
             f"{figure(found['holdout_kl'], False)} on {single['holdout_images']:,} bank images (no real labels)"
         )
+    lines += beside_lines(found, single)
     control = result.control
     if control is not None:
         key, what = ("top1", "top-1") if "top1" in control else ("holdout_agreement", "held-out agreement")
@@ -67,4 +68,24 @@ def summary_lines(result: RunResult) -> list[str]:
     for text in single.get("warnings") or []:
         lines.append(f"  warning: {text}")
     lines.append(f"written: {result.path}; use it as a model: --model {result.student.parent}")
+    return lines
+
+
+def beside_lines(found: dict[str, Any], single: dict[str, Any]) -> list[str]:
+    """What stands beside the student: itself without the modules that its loss deploys, and its moving average."""
+    lines = []
+    for prefix, what in (("plain_", "alone"), ("ema_", "average")):
+        shown = [
+            f"{figure(found[prefix + key])} {name}"
+            for key, name in (("top1", "top-1"), ("holdout_agreement", "held-out agreement"))
+            if prefix + key in found
+        ]
+        if shown:
+            lines.append(f"  {what:<12} {', '.join(shown)}")
+    if "deployed_params" in single:
+        costs = [
+            f"{single[kind + '_params']:,} parameters and {single[kind + '_flops']:,} FLOPs {how}"
+            for kind, how in (("deployed", "as deployed"), ("plain", "alone"))
+        ]
+        lines.append(f"  cost         {', '.join(costs)}")
     return lines

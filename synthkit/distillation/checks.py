@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from synthkit.bank import Bank, LabelSet
@@ -11,6 +12,7 @@ from synthkit.distillation.contract import Loss, LossNeeds
 from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.label_sets import note_topk
 from synthkit.distillation.protocols import Plan
+from synthkit.distillation.weighted import WeightedSum
 from synthkit.errors import ConfigError, RequirementError
 
 if TYPE_CHECKING:
@@ -33,6 +35,11 @@ def check_logits(
         )
     if cfg.logits == "live" and teacher is None:
         raise RequirementError("logits live: there is no teacher", hint="give --teacher, a model spec")
+    if labels is not None and labels.kind == "views" and looks_first(loss):
+        raise RequirementError(
+            f"loss {cfg.loss_name} looks at the bank's images before training, and {labels.name!r} holds only views",
+            hint="leave --label_set out",
+        )
     live = teacher is not None and cfg.logits != "stored" and labels is None
     if not live:
         note_topk(bank, labels, loss, notes)
@@ -42,6 +49,12 @@ def check_logits(
             "same target for every view, which is another method than live logits (use --augment none to avoid it)"
         )
     return live
+
+
+def looks_first(loss: Loss) -> bool:
+    """Whether a loss, or a term of a sum, passes over the bank before the first step."""
+    terms = loss.losses.values() if isinstance(loss, WeightedSum) else [loss]
+    return any(type(term).prepare is not Loss.prepare for term in terms)
 
 
 def check_labels(cfg: DistillConfig, bank: Bank, loss: Loss, live: bool) -> None:
@@ -98,12 +111,23 @@ def check_needs(
                 hint="finish it with synthkit synthesize --resume",
             )
         if labels is not None and labels.kind == "views":
-            raise RequirementError(f"{who} remembers every image, and stored views mix them", hint="use --logits live")
+            raise RequirementError(
+                f"{who} remembers every image, and stored views mix them", hint="leave --label_set out"
+            )
         if cfg.control == "noise":
             raise RequirementError(f"{who} remembers every image; noise is new in every step", hint="--control DATA")
-    if cfg.accumulate < 1 or plan.batch_size % cfg.accumulate:
-        raise ConfigError("accumulate must divide the batch size", got=f"{plan.batch_size} / {cfg.accumulate}")
-    if plan.batch_size // cfg.accumulate < 2:
+    for name, given, read in (
+        ("student_taps", cfg.student_taps, needs.student),
+        ("teacher_taps", cfg.teacher_taps, needs.teacher),
+    ):
+        if given is not None and not {"maps", "preact"} & set(read):
+            whose = name.partition("_")[0]
+            raise ConfigError(f"{name}: {who} reads no maps of the {whose}", got=given, hint=f"leave --{name} out")
+    rows = plan.batch_size // int(os.environ.get("WORLD_SIZE", "1"))  # of this process
+    if cfg.accumulate < 1 or rows % cfg.accumulate:
+        each = "" if rows == plan.batch_size else " of each process"
+        raise ConfigError(f"accumulate must divide the batch size{each}", got=f"{rows} / {cfg.accumulate}")
+    if rows // cfg.accumulate < 2 <= rows:
         raise ConfigError("accumulate leaves one image per micro-batch", got=cfg.accumulate, hint="use a smaller one")
     if plan.optimizer == "dot" and cfg.accumulate > 1 and (needs.relational or cfg.order == "self_paced"):
         raise ConfigError(f"optimizer dot cannot accumulate with {who}, which compares samples", hint="--accumulate 1")

@@ -88,6 +88,7 @@ def distill(cfg: DistillConfig) -> RunResult:
             if several:
                 finish_run(run)
         runtime.accelerator.wait_for_everyone()
+    runtime.close_trackers()
     folders = [path / f"seed{s}" for s in range(cfg.seed, cfg.seed + cfg.seeds)] if several else [path]
     cards = [folder / "card.yaml" for folder in folders]
     return RunResult(path=path, student=cards[0], metrics=headline, students=cards, control=control)

@@ -44,7 +44,7 @@ def make_optimizer(
             fused=fused,
         )
         if plan.momentum > 0:  # fused SGD fails where some parameters get their first gradient later than others
-            for parameter in parameters:
+            for parameter in [p for group in optimizer.param_groups for p in group["params"]]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = torch.optim.AdamW if plan.optimizer == "adamw" else torch.optim.Adam

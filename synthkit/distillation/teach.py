@@ -186,6 +186,7 @@ def teach(cfg: TeachConfig) -> TeachResult:
         finish_run(run, seconds=metrics["seconds"], wall_seconds=time.monotonic() - began)
         trainer.state.clear()
     runtime.accelerator.wait_for_everyone()
+    runtime.close_trackers()
     return TeachResult(path=path, card=path / "card.yaml", metrics=metrics)
 
 

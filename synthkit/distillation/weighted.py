@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 SCHEDULES = ("rampN", "untilN", "fromN", "cosine")
-_TERM = re.compile(r"(?:(?P<weight>[0-9.]+(?:[eE][-+]?[0-9]+)?)\*)?(?P<name>\w+)(?:@(?P<form>[a-z]+)(?P<at>[0-9.]*))?")
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+_TERM = re.compile(
+    rf"(?:(?P<weight>{_NUMBER}(?:[eE]-?[0-9]+)?)\*)?(?P<name>\w+)(?:@(?P<form>[a-z]+)(?P<at>{_NUMBER}?))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Term:
     at: float = 0.0
     """The epoch of the schedule."""
 
+    def counts(self, epoch: float) -> bool:
+        """Whether the term is there at all: a phase that is over, or has not begun, costs nothing."""
+        return self.form not in ("until", "from") or (math.floor(epoch) < self.at) == (self.form == "until")
+
     def factor(self, epoch: float, progress: float) -> float:
         """The weight at this point of the run."""
         whole = math.floor(epoch)
@@ -44,9 +51,7 @@ class Term:
             return self.weight * min(whole / self.at, 1.0)
         if self.form == "cosine":
             return self.weight * 0.5 * (1.0 + math.cos(math.pi * progress))
-        if self.form in ("until", "from"):
-            return self.weight if (whole < self.at) == (self.form == "until") else 0.0
-        return self.weight
+        return self.weight if self.counts(epoch) else 0.0
 
 
 def is_sum(expression: str) -> bool:
@@ -58,7 +63,8 @@ def parse_terms(expression: str) -> tuple[Term, ...]:
     """The terms of a sum.
 
     Raises:
-        ConfigError: a term that cannot be read, an unknown loss or schedule, or a loss named twice.
+        ConfigError: a term that cannot be read, an unknown loss or schedule, a loss named twice, or an epoch in which
+            no term counts.
     """
     found: list[Term] = []
     for text in expression.replace(" ", "").split("+"):
@@ -77,11 +83,17 @@ def parse_terms(expression: str) -> tuple[Term, ...]:
         if not known or (form in ("ramp", "until", "from")) != bool(at) or (form == "ramp" and float(at) <= 0):
             raise ConfigError(f"loss {expression!r}: no such schedule", got=f"@{form}{at}", allowed=SCHEDULES)
         found.append(Term(name, float(match["weight"] or 1.0), form, float(at or 0)))
+    for epoch in sorted({0, *(math.ceil(term.at) for term in found)}):
+        if not any(term.counts(epoch) for term in found):
+            raise ConfigError(
+                f"loss {expression!r}: from epoch {epoch} on no term counts, so nothing would be learnt",
+                hint="add a term without until or from, for example kd",
+            )
     return tuple(found)
 
 
 @functools.cache
-def weighted_sum(expression: str) -> type[Loss]:
+def weighted_sum(expression: str) -> type[WeightedSum]:
     """The loss class of a sum; its Config has one field per term, the term's own config."""
     terms = parse_terms(expression)
     kinds = {term.name: tables.lookup("loss", term.name) for term in terms}
@@ -103,6 +115,11 @@ class WeightedSum(Loss):
         }
         self.requires = _merged([loss.requires for loss in self.losses.values()])
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether one of the terms does."""
+        return any(loss.stands_alone for loss in self.losses.values())
+
     def setup(self, setup: Setup) -> None:
         from torch import nn
 
@@ -118,9 +135,9 @@ class WeightedSum(Loss):
     def __call__(self, student: Taps, teacher: Taps, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for term in self.terms:
+            if not term.counts(batch.epoch):
+                continue
             factor = term.factor(batch.epoch, batch.progress)
-            if factor == 0.0 and term.form in ("until", "from"):
-                continue  # a phase that is over, or has not begun, costs nothing
             for name, value in self.losses[term.name](student, teacher, batch).items():
                 found[name] = value if factor == 1.0 else factor * value
         return found
