@@ -21,6 +21,7 @@ BENCHES = {
     "fuzz": "mutated files against every reader of a bank: typed errors only, no crash, bounded memory",
     "mixture": "which share of freshly generated images trains the best student from a bank",
     "losses": "every distillation loss on one bank: same teacher, student and epochs, over seeds, with controls",
+    "ranks": "two processes (gloo) against one with the same global batch; a rank killed with kill -9, then resumed",
     "distill": "images/s of the distill trainer against the bare networks and a torch DataLoader over PNG files",
     "dfkd": "all data-free methods for the same CPU seconds: students, controls, published numbers, selection",
     "engines": "the four engines on one teacher: same images, student and steps; accuracy, time, memory, data needed",
