@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ from synthkit.errors import ConfigError
 
 
 @pytest.fixture
-def parts(monkeypatch) -> dict[str, type[Loss]]:
+def parts(monkeypatch) -> Iterator[dict[str, Any]]:
     """Two losses of the table that write down what is done with them: `first` and `second`."""
-    made: dict[str, type[Loss]] = {}
+    made: dict[str, Any] = {}
     for name, value in (("first", 1.0), ("second", 10.0)):
 
         class Part(Loss):
@@ -139,6 +140,7 @@ def test_a_sum_is_the_weighted_terms():
     found = loss(student, teacher, batch)
     assert list(found) == ["ce", "kd"] and all(value.shape == (6,) for value in found.values())
     torch.testing.assert_close(found["kd"], 0.5 * kd_loss(student.logits, teacher.logits, reduction="none"))
+    assert batch.labels is not None
     cross = nn.functional.cross_entropy(student.logits, batch.labels, reduction="none")
     torch.testing.assert_close(found["ce"], cross)
 
@@ -190,7 +192,7 @@ def test_one_part_may_bring_groups_and_the_others_modules_join_them(parts):
     loss = weighted_sum("first+second")()
     loss.setup(setup())
     groups = loss.parameter_groups(student)
-    assert groups is not None and len(groups) == 2 and groups[0]["lr_scale"] == 0.5
+    assert loss.aux is not None and groups is not None and len(groups) == 2 and groups[0]["lr_scale"] == 0.5
     given = [p for group in groups for p in group["params"]]
     everything = [*student.parameters(), *loss.aux.parameters()]
     assert len(given) == len(everything) and {id(p) for p in given} == {id(p) for p in everything}
@@ -200,9 +202,8 @@ def test_one_part_may_bring_groups_and_the_others_modules_join_them(parts):
 
 
 def test_needs_are_merged(parts):
-    parts["first"].requires = LossNeeds(
-        labels=True, student=("maps",), teacher=("maps",), smallest_batch=64, teachers=2
-    )
+    maps: dict[str, Any] = {"student": ("maps",), "teacher": ("maps",)}
+    parts["first"].requires = LossNeeds(labels=True, **maps, smallest_batch=64, teachers=2)
     parts["second"].requires = LossNeeds(student=("pooled", "maps"), relational=True, index=True, live_teacher=True)
     assert weighted_sum("first+second")().requires == LossNeeds(
         labels=True, live_teacher=True, student=("maps", "pooled"), teacher=("maps",), index=True, relational=True,
