@@ -84,6 +84,7 @@ def test_label_policies(live, policy):
     assert seen.teacher is not None and seen.student is not None and seen.batch.labels is not None
     expected = made.teacher.view(given.images) if made.teacher is not None else given.logits
     torch.testing.assert_close(seen.teacher.logits, expected)
+    assert expected is not None
     if policy == "argmax":
         assert torch.equal(seen.batch.labels, expected.argmax(1))
         assert not torch.equal(seen.batch.labels, torch.arange(ROWS) % 2)  # else nothing is tested
@@ -97,6 +98,7 @@ def test_labels_beside_the_loss():
     given = batch()
     made = objective(labels="stored", label_weight=0.25)
     figures = made.figures(made.look(given))
+    assert made.teacher is not None and given.labels is not None
     student, teacher = made.student.view(given.images), made.teacher.view(given.images)
     cross = 0.25 * nn.functional.cross_entropy(student, given.labels)
     distance = (student - teacher).square().mean()
@@ -110,9 +112,10 @@ def test_labels_beside_the_loss():
 
 def test_the_labels_part_of_a_sum_is_known():
     made = objective(weighted_sum("0.5*ce+kd")(), labels="stored")
-    figures = made.figures(made.look(batch()))
-    logits = made.student.view(batch().images)
-    torch.testing.assert_close(figures.task, 0.5 * nn.functional.cross_entropy(logits, batch().labels))
+    figures = made.figures(made.look(given := batch()))
+    logits = made.student.view(given.images)
+    assert given.labels is not None
+    torch.testing.assert_close(figures.task, 0.5 * nn.functional.cross_entropy(logits, given.labels))
 
 
 def test_one_term_is_not_shown_twice():
