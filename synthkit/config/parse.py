@@ -45,6 +45,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(schema.EvaluateConfig),
 }
 
+_SUMS = (
+    " Or a weighted sum of them: ce+0.9*kd+dkd@ramp20, a term being [WEIGHT*]NAME[@SCHEDULE] with the schedules rampN, "
+    "untilN, fromN (epochs) and cosine; the options of its terms are --loss.NAME.OPTION."
+)
+"""What the help of --loss says of sums."""
+
 PLACE_ONLY = ("out", "resume", "shards", "eval_data", "eval_every", "runtime")
 """Fields that say where and how a run computes or what it reports, not what it makes: not part of `config_hash`."""
 
@@ -306,8 +312,8 @@ class _Build:
             own = [o for o in self.options.values() if o.name.rpartition(".")[0] == prefix.removesuffix(".")]
             texts = describe(config) if describe_fields and own else {}
             if prefix == f"{self.plugin}.":
-                names = ", ".join(sorted(self._table()))
-                group.add_argument(f"--{self.plugin}", metavar="NAME", default=self.name, help=f"One of: {names}.")
+                told = f"One of: {', '.join(sorted(self._table()))}.{_SUMS if self.plugin == 'loss' else ''}"
+                group.add_argument(f"--{self.plugin}", metavar="NAME", default=self.name, help=told)
             for option in own:
                 text = texts.get(option.name.rpartition(".")[2], "") or " "
                 details: dict[str, Any] = {"required": True} if option.required else {"default": option.default}

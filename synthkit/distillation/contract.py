@@ -137,6 +137,12 @@ class Loss:
     def __init__(self, config: Any = None):
         self.config = config or self.Config()
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether what is used after training learns to classify. A loss of features alone leaves the student's
+        classifier as it began, and is used beside one of the logits."""
+        return not self.requires.student or self.requires.deploys
+
     def setup(self, setup: Setup) -> None:
         """Build `aux` from the probed shapes. Raises `ConfigError` where the loss cannot work on these networks."""
 

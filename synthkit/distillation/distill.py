@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from synthkit.config.schema import DistillConfig
+from synthkit.distillation.announce import announcement
 from synthkit.distillation.assemble import assemble
 from synthkit.distillation.deployed import Deployed
 from synthkit.distillation.objective import LOOK_ROWS, Distillation
@@ -71,7 +72,8 @@ def distill(cfg: DistillConfig) -> RunResult:
     task = check_task(cfg)
     runtime = Runtime.create(cfg.runtime, run_dir=path)
     job = _Job(task, runtime)
-    job.announce(path)
+    for line in announcement(task, runtime, path):
+        runtime.say(line)
     several = cfg.seeds > 1
     with talking("training") if runtime.world > 1 else contextlib.nullcontext():
         if several:
@@ -128,33 +130,6 @@ class _Job:
             if runtime.config.compile:
                 for member in getattr(task.teacher, "teachers", [task.teacher]):
                     member.module.compile()
-
-    def announce(self, path: Path) -> None:
-        """Say what will be done before it is done."""
-        task, cfg = self.task, self.cfg
-        loaded, _ = task.student(cfg.seed)
-        size = sum(p.numel() for p in loaded.module.parameters())
-        start = "fresh weights" if loaded.path is None else f"weights of {loaded.path}"
-        who = task.teacher_facts.get("spec") or task.teacher_facts.get("name") or "unnamed"
-        flags = f" with {', '.join(task.changed)} by flag" if task.changed else ""
-        for line in (
-            f"distill: student {cfg.student} ({size:,} parameters, {start})",
-            f"  teacher {who}, {self.targets()}; loss {cfg.loss_name}; labels {cfg.labels}",
-            f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
-            f"order {cfg.order}, fresh {task.fresh:g}",
-            f"  protocol {task.protocol}{flags}: {task.plan.describe()}",
-            f"  out {path}; {self.runtime.describe()}",
-            *(f"  note: {text}" for text in task.notes),
-        ):
-            self.runtime.say(line)
-
-    def targets(self) -> str:
-        """Where the teacher's logits come from, in words."""
-        labels = self.task.labels
-        if labels is None:
-            return f"{'live' if self.task.live else 'stored'} logits"
-        kept = "all logits" if labels.spec.top_k is None else f"top {labels.spec.top_k}"
-        return f"label set {labels.name} ({len(labels):,} {labels.kind}, {kept}, {format_bytes(labels.nbytes)})"
 
     def sizes(self) -> dict[str, Any]:
         """Bytes of the images and of the labels that a student of a label set was given: both count as its data."""

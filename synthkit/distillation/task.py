@@ -21,6 +21,7 @@ from synthkit.config.schema import DistillConfig
 from synthkit.data.augment import check_policy
 from synthkit.data.policies import mixing_note
 from synthkit.data.specs import load_data
+from synthkit.distillation.announce import Parts, advice, parts_of
 from synthkit.distillation.assemble import assemble, make_loss, placeholder_labels
 from synthkit.distillation.checks import check_labels, check_logits, check_needs, fresh_share
 from synthkit.distillation.contract import Loss
@@ -70,6 +71,8 @@ class DistillTask:
     """Augmentation of a control (stored views are the augmentation of the student itself)."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before the start."""
+    parts: Parts = Parts()
+    """Sizes of the modules that the loss brings along."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,6 +131,7 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     options = dataclasses.asdict(loss.config)
     if (said := beside_note(protocol, cfg.loss_name, options)) is not None:
         notes.append(said)
+    notes += advice(loss, cfg, plan)
     if (said := mixing_note(plan.augment, cfg.labels)) is not None:
         notes.append(said)
     if bank.spec.contains_real:
@@ -157,16 +161,16 @@ def check_task(cfg: DistillConfig) -> DistillTask:
         control_augment=control_augment,
         notes=notes,
     )
-    _try_loss(task)
+    task.parts = _try_loss(task)
     return task
 
 
-def _try_loss(task: DistillTask) -> None:
+def _try_loss(task: DistillTask) -> Parts:
     """Set the loss up once on both networks: what it cannot work with is found out here."""
     view = task.student(task.cfg.seed)[1]
     needs = task.loss.requires
     labels = placeholder_labels(task) if needs.index and needs.labels else None
-    assemble(task, view, seed=task.cfg.seed, bank_labels=labels)
+    return parts_of(assemble(task, view, seed=task.cfg.seed, bank_labels=labels).loss, view.module)
 
 
 def _fit_batch(cfg: DistillConfig, plan: Plan, labels: LabelSet | None, images: int, notes: list[str]) -> Plan:

@@ -116,6 +116,11 @@ class OFA(Loss):
             if self.projector not in ("auto", "conv", "tokens"):
                 raise ConfigError("loss.projector: not known", got=self.projector, allowed=["auto", "conv", "tokens"])
 
+    @property
+    def stands_alone(self) -> bool:
+        """The final logits learn too."""
+        return True
+
     def setup(self, setup: Setup) -> None:
         """Build the projectors of the chosen stages."""
         from synthkit.distillation.heads.token_projector import TokenProjector
