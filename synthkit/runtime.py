@@ -75,9 +75,10 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = True
         if config.world is not None and accelerator.num_processes != config.world:
             raise RunError(
-                f"{config.world} processes were asked for (runtime.world)",
+                f"{config.world} processes were asked for (--world)",
                 got=accelerator.num_processes,
-                hint="start with `torchrun --nproc_per_node N -m synthkit ...`; `accelerate launch --cpu` starts one",
+                hint=f"start with `torchrun --nproc_per_node {config.world} -m synthkit ...`; "
+                "`accelerate launch --cpu` starts one",
             )
         if trackers:
             accelerator.init_trackers("synthkit")

@@ -134,6 +134,7 @@ class _Job:
             return {
                 "spec": loaded.spec,
                 "arch": card.arch,
+                **({"head": head["loss"]} if (head := card.extra.get("head")) else {}),
                 "parameters": sum(p.numel() for p in loaded.module.parameters()),
                 "sha256": loaded.sha256,
                 "mean": card.mean,

@@ -50,7 +50,8 @@ def _export_student(argv: Sequence[str]) -> int:
     if args.json:
         print_json({"path": str(path), "bytes": _written(path), "weights": card.weights, **facts})
         return 0
-    checked = f"the same logits to {facts['checked_to']:.1g}; " if "checked_to" in facts else ""
+    near = facts.get("checked_to")
+    checked = "" if near is None else f"the same logits to {near:.1g}; " if near else "exactly the same logits; "
     print(f"wrote {path / str(card.weights)} ({_size(_written(path))}); {checked}input {facts['input']}")
     return 0
 

@@ -28,6 +28,48 @@ def _docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(file.read_bytes())) or ""
 
 
+_NEEDS = {
+    "labels": "hard labels of every image (--labels argmax, or stored)",
+    "features": "features of both networks, hence a live teacher",
+    "student features": "features of the student alone; stored logits will do",
+    "teacher": "a live teacher, not stored logits alone",
+    "teachers": "several teachers (--teacher A,B)",
+    "index": "a finished bank and no fresh images: it remembers every image",
+    "batch": "the whole batch: it compares samples, over all processes and micro-batches",
+    "beside": "another loss beside it, such as kd: it leaves the student's classifier as it began",
+    "deploys": "modules of the loss stay with the student",
+}
+"""What `synthkit list losses` says in a word, and what that means."""
+
+
+def _needs(place: str) -> str:
+    """The needs of the loss at `module:Class` with its default options, as words of `_NEEDS`."""
+    module, _, kind = place.partition(":")
+    loss = getattr(importlib.import_module(module), kind)()
+    needs = loss.requires
+    there = {
+        "labels": needs.labels,
+        "features": bool(needs.teacher),
+        "student features": bool(needs.student) and not needs.teacher,
+        "teacher": not needs.teacher and (needs.live_teacher or needs.teacher_classifier),
+        "teachers": needs.teachers > 1,
+        "index": needs.index,
+        "batch": needs.relational,
+        "beside": not loss.stands_alone,
+        "deploys": needs.deploys,
+    }
+    return ", ".join(word for word, needed in there.items() if needed)
+
+
+def _losses_with_needs() -> str:
+    """The table of losses with what each needs, and what the words mean."""
+    places = tables.losses()
+    rows = [(name, text, _needs(places[name])) for name, text in _described(places).items()]
+    lines = [(name, f"{text} [{needs}]" if needs else text) for name, text, needs in rows]
+    words = table([(f"  [{word}]", meaning) for word, meaning in _NEEDS.items()])
+    return f'{table(lines)}\n\n{words}\n\nWeighted sums: --loss "ce+0.9*kd+dkd@ramp20" (synthkit distill --help).'
+
+
 def _models() -> dict[str, str]:
     from synthkit.models.names import ALIASES, ARCHITECTURES
 
@@ -91,6 +133,8 @@ def main(argv: Sequence[str]) -> int:
     entries = KINDS[_kind(arguments.kind)]()
     if arguments.json:
         print_json(entries)
+    elif _kind(arguments.kind) == "losses":
+        print(_losses_with_needs())
     else:
         print(table(entries.items()))
     return 0

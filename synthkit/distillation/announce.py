@@ -55,7 +55,7 @@ def announcement(task: DistillTask, runtime: Runtime, path: Path) -> list[str]:
         f"  loss {cfg.loss_name}{beside}, labels {cfg.labels}{modules(task.parts, size(loaded.module))}",
         f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
         f"order {cfg.order}, fresh {task.fresh:g}",
-        f"  protocol {task.protocol}{flags}: {task.plan.describe()}{extras(task)}",
+        f"  protocol {task.protocol}{flags}: {task.plan.describe()}{extras(task, runtime.world)}",
         f"  out {path}; {runtime.describe()}",
         *(f"  note: {text}" for text in task.notes),
     ]
@@ -100,10 +100,11 @@ def modules(parts: Parts, alone: int) -> str:
     return "".join(said)
 
 
-def extras(task: DistillTask) -> str:
+def extras(task: DistillTask, world: int) -> str:
     """What is done beside the plan, in words."""
     cfg = task.cfg
     said = [f"in {cfg.accumulate} micro-batches"] if cfg.accumulate > 1 else []
+    said += [f"{task.plan.batch_size // world} images per process"] if world > 1 else []
     said += [f"moving average {cfg.ema:g} beside"] if cfg.ema else []
     said += [f"{cfg.seeds} seeds"] if cfg.seeds > 1 else []
     said += [f"control {cfg.control}"] if cfg.control != "none" else []

@@ -15,7 +15,8 @@ KIND = "synthkit evaluate"
 def render(result: dict[str, Any]) -> str:
     """A table for people; warnings stand at the end, where they are read."""
     model, scores = result["model"], result["metrics"]
-    facts = ", ".join(text for text in (model["arch"], f"{model['parameters']:,} parameters") if text)
+    head = f"with the modules of {model['head']}" if model.get("head") else ""
+    facts = ", ".join(text for text in (model["arch"], head, f"{model['parameters']:,} parameters") if text)
     lines = [("model", f"{model['spec']} ({facts})"), ("data", _data_line(result["data"], scores["n"]))]
     if result.get("teacher"):
         lines.append(("teacher", result["teacher"]["spec"]))

@@ -20,6 +20,7 @@ LIGHT = [
     ["list"],
     ["list", "methods", "--json"],
     ["list", "models"],
+    ["list", "losses"],
     ["recipes"],
     ["recipes", "check", "cifar10/cudfkd-r34-r18"],
     ["synthesize", "--help"],
@@ -54,7 +55,9 @@ def test_light_commands_do_not_import_torch(words):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["list", "methods"], ["list"], ["recipes"], ["synthesize", "--help"]], ids=" ".join
+    "words",
+    [["--help"], ["list", "methods"], ["list", "losses"], ["list"], ["recipes"], ["synthesize", "--help"]],
+    ids=" ".join,
 )
 def test_light_commands_answer_in_half_a_second(cli, words):
     taken = []

@@ -38,6 +38,17 @@ def test_tables_hold_what_can_be_named(capsys):
     assert output(capsys, "list", "method") == output(capsys, "list", "methods")
 
 
+def test_losses_are_listed_with_what_they_need(capsys):
+    lines = {line.split()[0]: line for line in output(capsys, "list", "losses").splitlines() if line}
+    assert lines["kd"].endswith("(the default loss)")
+    assert lines["crd"].endswith("[labels, features, index, batch, beside]")
+    assert lines["simkd"].endswith("[features, deploys]")
+    assert lines["ofa"].endswith("[labels, student features]")
+    assert lines["distill_weighted"].endswith("[labels, teacher, teachers]")
+    words = {word for line in lines.values() if line.endswith("]") for word in line.rpartition("[")[2][:-1].split(", ")}
+    assert all(any(key.startswith(f"[{word.split()[0]}") for key in lines) for word in words)
+
+
 def test_the_expected_number_of_recipes_is_shipped():
     assert len(recipes.names()) == RECIPES
 

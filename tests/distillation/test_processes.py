@@ -210,5 +210,5 @@ def test_the_wrong_number_of_processes_is_refused(workshop, tmp_path, capsys):
     """Two were asked for, this is one: nothing is trained."""
     words = distill_words(workshop, "--student", "lenet5_half", "--world", "2", "--out", str(tmp_path / "o"))
     assert main(words) == 1
-    assert "2 processes were asked for (runtime.world); got 1" in capsys.readouterr().err
+    assert "2 processes were asked for (--world); got 1" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
