@@ -42,11 +42,11 @@ _add(
     {
         **{
             f"resnet{d}": f"ResNet-{d}, 16-32-64 channels, projection shortcuts (KD tables)"
-            for d in (*_DEPTHS, 38, 116)
+            for d in (*_DEPTHS, 38, 116, 200)
         },
         **{f"resnet{d}_a": f"ResNet-{d}, 16-32-64 channels, zero-padding shortcuts (He et al. 2016)" for d in _DEPTHS},
         **{f"resnet{d}x2": f"ResNet-{d}, stage channels x2: 32-64-128 (SimKD)" for d in (14, 38, 110)},
-        **{f"resnet{d}x4": f"ResNet-{d}, stage channels x4: 64-128-256" for d in (8, 14, 32, 38)},
+        **{f"resnet{d}x4": f"ResNet-{d}, stage channels x4: 64-128-256" for d in (*_DEPTHS, 26, 38)},
     },
 )
 _add(
@@ -62,7 +62,20 @@ _add(
         for d, k in ((16, 1), (16, 2), (40, 1), (40, 2), (28, 10))
     },
 )
-_add("vgg", "VGG", {f"vgg{d}": f"VGG-{d} with BatchNorm and one linear layer" for d in (8, 11, 13, 16, 19)})
+_add(
+    "resnet_imagenet",
+    "ResNet (ImageNet)",
+    {f"resnet{d}x2_imagenet": f"ResNet-{d} at double width for 224x224 images (SimKD)" for d in (10, 18, 34)},
+)
+_VGG = (8, 11, 13, 16, 19)
+_add(
+    "vgg",
+    "VGG",
+    {
+        **{f"vgg{d}": f"VGG-{d} with BatchNorm and one linear layer" for d in _VGG},
+        **{f"vgg{d}_nobn": f"VGG-{d} without BatchNorm, one linear layer" for d in _VGG},
+    },
+)
 _add(
     "mobilenetv2",
     "MobileNetV2",
@@ -78,7 +91,10 @@ _add(
     {
         "shufflenetv1": "ShuffleNet V1, 3 groups, for 32x32 images",
         "shufflenetv2": "ShuffleNet V2 at width 1.0 for 32x32 images",
-        "shufflenetv2_1_5": "ShuffleNet V2 at width 1.5 for 32x32 images",
+        **{
+            f"shufflenetv2_{w}_{h}": f"ShuffleNet V2 at width {w}.{h} for 32x32 images"
+            for w, h in ((0, 2), (0, 5), (1, 5), (2, 0))
+        },
     },
 )
 _add(
@@ -142,14 +158,18 @@ def default_input(name: str, channels: int | None = None) -> tuple[int, int]:
         return 1, 28
     if name.endswith("_tiny"):
         return 3, 64
-    return (3, 224) if name.startswith(EXTERNAL) or name == "mobilenetv1" else (3, 32)
+    return (3, 224) if _of_imagenet(name) else (3, 32)
 
 
 def default_classes(name: str) -> int:
     """Number of classes that an architecture gets when nothing else says so."""
     if name.endswith("_tiny"):
         return 200
-    return 1000 if name.startswith(EXTERNAL) or name == "mobilenetv1" else 10
+    return 1000 if _of_imagenet(name) else 10
+
+
+def _of_imagenet(name: str) -> bool:
+    return name.startswith(EXTERNAL) or name == "mobilenetv1" or name.endswith("_imagenet")
 
 
 def resolve_name(name: str) -> str:

@@ -14,9 +14,13 @@ from synthkit.errors import ModelError
 _STEM = 24
 _V1 = ((240, 4), (480, 8), (960, 4))  # (channels, blocks) of each stage
 _V1_GROUPS = 3
-_V2_BLOCKS = (3, 7, 3)
-_V2_WIDTHS = {"shufflenetv2": (116, 232, 464), "shufflenetv2_1_5": (176, 352, 704)}
-_V2_LAST = 1024
+_V2 = {  # ((channels, blocks after the first) of each stage, width of the closing convolution)
+    "shufflenetv2_0_2": (((40, 3), (80, 3), (160, 3)), 512),
+    "shufflenetv2_0_5": (((48, 3), (96, 7), (192, 3)), 1024),
+    "shufflenetv2": (((116, 3), (232, 7), (464, 3)), 1024),
+    "shufflenetv2_1_5": (((176, 3), (352, 7), (704, 3)), 1024),
+    "shufflenetv2_2_0": (((224, 3), (488, 7), (976, 3)), 2048),
+}
 
 
 class ChannelShuffle(nn.Module):
@@ -130,15 +134,15 @@ def build(name: str, *, num_classes: int, in_channels: int, image_size: int) -> 
     """The network called `name`; three halvings need at least 8 pixels."""
     if image_size < 8:
         raise ModelError(f"{name} needs images of at least 8x8", got=image_size)
-    stages, channels = [], _STEM
+    stages, channels, last = [], _STEM, None
     if name == "shufflenetv1":
         for cout, count in _V1:
             units = [UnitV1(channels if i == 0 else cout, cout, 2 if i == 0 else 1) for i in range(count)]
             stages.append(nn.Sequential(*units))
             channels = cout
     else:
-        for cout, count in zip(_V2_WIDTHS[name], _V2_BLOCKS, strict=True):
+        sizes, last = _V2[name]
+        for cout, count in sizes:
             stages.append(nn.Sequential(DownV2(channels, cout), *(UnitV2(cout) for _ in range(count))))
             channels = cout
-    last = None if name == "shufflenetv1" else _V2_LAST
     return ShuffleNet(stages, channels, last, num_classes=num_classes, in_channels=in_channels)

@@ -1,4 +1,4 @@
-"""VGG-8/11/13/16/19 with BatchNorm for 32x32 (and 64x64) images; one linear classifier.
+"""VGG-8/11/13/16/19 for 32x32 (and 64x64) images, with BatchNorm or without (`_nobn`); one linear classifier.
 
 Source: method card `kd` 3.1 (HobbitLong/RepDistiller@b84f547). Convolutions (with bias) start from
 N(0, sqrt(2 / (k k out))), the classifier from N(0, 0.01), biases 0. State-dict names are theirs.
@@ -29,14 +29,18 @@ class VGG(nn.Module):
 
     tap_points = ("relu0", "relu1", "relu2", "relu3", "relu4", "flatten")
 
-    def __init__(self, convs: tuple[int, ...], *, num_classes: int, in_channels: int):
+    def __init__(self, convs: tuple[int, ...], *, norm: bool, num_classes: int, in_channels: int):
         super().__init__()
         channels = in_channels
         blocks, relus = [], []
         for i, (count, width) in enumerate(zip(convs, _WIDTHS, strict=True)):
             layers: list[nn.Module] = []
             for _ in range(count):
-                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1),
+                    *([nn.BatchNorm2d(width)] if norm else []),
+                    nn.ReLU(),
+                ]
                 channels = width
             # The block's last ReLU stands beside it, so that the map can be tapped on either side.
             blocks.append(nn.Sequential(*layers[:-1]))
@@ -62,4 +66,5 @@ def build(name: str, *, num_classes: int, in_channels: int, image_size: int) -> 
     """The network called `name`; three halvings need at least 8 pixels."""
     if image_size < 8:
         raise ModelError(f"{name} needs images of at least 8x8", got=image_size)
-    return VGG(_CONVS[name], num_classes=num_classes, in_channels=in_channels)
+    convs = _CONVS[name.removesuffix("_nobn")]
+    return VGG(convs, norm=not name.endswith("_nobn"), num_classes=num_classes, in_channels=in_channels)

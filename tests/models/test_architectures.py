@@ -112,6 +112,22 @@ def test_taps_and_shapes_of_the_distillation_tables(row):
     assert logits.shape == (2, row["classes"])
 
 
+@pytest.mark.parametrize("row", REFERENCE["imagenet"], ids=_ids(REFERENCE["imagenet"]))
+def test_networks_of_double_width_for_imagenet(row):
+    assert (names.default_input(row["arch"]), names.default_classes(row["arch"])) == ((3, row["size"]), row["classes"])
+    with torch.device("meta"):
+        net = build_model(row["arch"], num_classes=row["classes"], image_size=row["size"])
+        shapes = sorted(list(p.shape) for p in net.parameters())
+        maps: list[torch.Tensor] = []
+        for point in ("maxpool", "layer1", "layer2", "layer3", "layer4"):
+            net.get_submodule(point).register_forward_hook(lambda m, i, out: maps.append(out))
+        net(torch.empty(2, 3, row["size"], row["size"]))
+    assert hashlib.sha1(str(shapes).encode()).hexdigest() == row["shapes_sha1"]
+    assert (count_parameters(net), len(shapes), _buffers(net)) == (row["params"], row["tensors"], row["buffers"])
+    assert [list(t.shape[1:]) for t in maps] == row["feats"][:-1]
+    assert [m for m in net.modules() if isinstance(m, nn.Linear)][-1].in_features == row["feats"][-1][0]
+
+
 # name -> parameters at K=10, from method card `dfkd` 1.4 and 9 (and arithmetic for the added BatchNorms)
 CARD = {
     "lenet5": 61_706,
