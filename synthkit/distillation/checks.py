@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from synthkit.bank import Bank, LabelSet
 from synthkit.bank.labels.stored import has_logits
 from synthkit.config.schema import DistillConfig
 from synthkit.distillation.contract import Loss, LossNeeds
 from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.label_sets import note_topk
+from synthkit.distillation.optimizers import make_optimizer
 from synthkit.distillation.protocols import Plan
 from synthkit.distillation.weighted import WeightedSum
 from synthkit.errors import ConfigError, RequirementError
@@ -131,6 +135,8 @@ def check_needs(
         raise ConfigError("accumulate leaves one image per micro-batch", got=cfg.accumulate, hint="use a smaller one")
     if plan.optimizer == "dot" and cfg.accumulate > 1 and (needs.relational or cfg.order == "self_paced"):
         raise ConfigError(f"optimizer dot cannot accumulate with {who}, which compares samples", hint="--accumulate 1")
+    if plan.optimizer == "dot":
+        make_optimizer(plan, nn.Linear(1, 1), torch.device("cpu"))  # refuses momenta out of its range
     if not 0 <= cfg.ema < 1:
         raise ConfigError("ema is a decay in [0, 1)", got=cfg.ema, hint="0.999 is usual")
     if cfg.ema and needs.deploys:
