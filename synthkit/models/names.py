@@ -46,7 +46,7 @@ _add(
         },
         **{f"resnet{d}_a": f"ResNet-{d}, 16-32-64 channels, zero-padding shortcuts (He et al. 2016)" for d in _DEPTHS},
         **{f"resnet{d}x2": f"ResNet-{d}, stage channels x2: 32-64-128 (SimKD)" for d in (14, 38, 110)},
-        **{f"resnet{d}x4": f"ResNet-{d}, stage channels x4: 64-128-256" for d in (*_DEPTHS, 26, 38)},
+        **{f"resnet{d}x4": f"ResNet-{d}, stage channels x4: 64-128-256" for d in sorted((*_DEPTHS, 26, 38))},
     },
 )
 _add(
