@@ -159,7 +159,10 @@ def _with_head(arch: str, head: Any, state: State, spec: str, **shape: int) -> n
         or not isinstance(head.get("settings"), dict)
     ):
         raise ModelError(f"{spec}: the card's head must hold loss and settings", got=head)
-    module = lookup("loss", head["loss"]).rebuild(build_model(arch, **shape, seed=0), head["settings"])
+    kind = lookup("loss", head["loss"])
+    if not kind.requires.deploys:
+        raise ModelError(f"{spec}: the card's head names a loss that deploys nothing", got=head["loss"])
+    module = kind.rebuild(build_model(arch, **shape, seed=0), head["settings"])
     fit_state_dict(module, state, f"{spec} ({arch} with {head['loss']})")
     return module.eval()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from synthkit.distillation.heads import settings as settings_of
 from synthkit.distillation.heads.gaussian_diffusion import GaussianDiffusion, cosine_betas, respaced
 from synthkit.errors import ModelError
 
@@ -167,16 +168,12 @@ def sample_features(
 
 
 _SETTINGS = ("token_dim", "cond_dim", "feature_dim", "width", "depth", "num_classes", "steps", "samples")
-_LARGEST = 1 << 16  # of any whole number among the settings
 
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raise `ModelError` unless these can be the settings of a deployed network."""
-    if missing := [name for name in (*_SETTINGS, "bias", "guidance", "eta", "seed") if name not in settings]:
-        raise ModelError("head gendd: settings are missing", got=missing)
+    settings_of.check_settings("gendd", settings, _SETTINGS, ("bias", "guidance", "eta", "seed"))
     numbers = {name: settings[name] for name in _SETTINGS}
-    if wrong := {k: v for k, v in numbers.items() if type(v) is not int or not 1 <= v <= _LARGEST}:
-        raise ModelError(f"head gendd: whole numbers from 1 to {_LARGEST} are needed", got=wrong)
     eta, seed = settings["eta"], settings["seed"]
     others = isinstance(settings["guidance"], int | float) and (eta is None or isinstance(eta, int | float))
     if not others or type(seed) is not int or not 0 <= seed < 2**63 or not isinstance(settings["bias"], bool):

@@ -8,6 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthkit.distillation.heads.settings import check_settings
 from synthkit.errors import ConfigError, ModelError
 
 
@@ -92,11 +93,14 @@ def rebuild(student: nn.Module, settings: dict[str, Any]) -> SimKDNetwork:
     """The network of `SimKD.deployed_settings` with fresh weights around `student`.
 
     Raises:
-        ModelError: settings are missing, or the student has no such module.
+        ModelError: settings are missing or not possible, or the student has no such module.
     """
-    needed = ("point", "channels", "size", "teacher_channels", "num_classes", "bias", "factor")
-    if missing := [name for name in needed if name not in settings]:
-        raise ModelError("head simkd: settings are missing", got=missing)
+    numbers = ("channels", "teacher_channels", "num_classes", "factor")
+    check_settings("simkd", settings, numbers, ("point", "size", "bias"))
+    point, size, bias = settings["point"], settings["size"], settings["bias"]
+    pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(s) is int and s > 0 for s in size)
+    if not pair or not isinstance(point, str) or not isinstance(bias, bool):
+        raise ModelError("head simkd: a module's name, [height, width] and true or false are needed", got=settings)
     wanted = settings["teacher_channels"]
     return assemble(
         student,

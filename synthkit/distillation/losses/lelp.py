@@ -176,8 +176,10 @@ class LELP(Loss):
     def rebuild(cls, student: nn.Module, settings: dict[str, Any]) -> nn.Module:
         """A fresh student with a fresh subclass head."""
         from synthkit.distillation.heads.lelp import SubclassHead, classifier_of, with_classifier
+        from synthkit.distillation.heads.settings import check_settings
 
+        check_settings("lelp", settings, ("num_classes", "subclasses"))
         _, old = classifier_of(student)
-        classes = int(settings["num_classes"])
-        fresh = torch.nn.Linear(old.in_features, classes * int(settings["subclasses"]))
+        classes = settings["num_classes"]
+        fresh = torch.nn.Linear(old.in_features, classes * settings["subclasses"])
         return with_classifier(student, SubclassHead(fresh, classes))
