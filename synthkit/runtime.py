@@ -181,6 +181,7 @@ class Progress:
         self._initial, self._start, self._last = initial, time.monotonic(), time.monotonic()
         self._enabled = enabled
         self._figures: dict[str, float] = {}
+        self._shown = -1  # the last state that a line told
         self._bar = None
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
@@ -202,6 +203,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
+        self._shown = self.done
         elapsed = time.monotonic() - self._start
         rate = (self.done - self._initial) / max(elapsed, 1e-9)
         eta = (self.total - self.done) / rate if rate > 0 else float("nan")
@@ -224,7 +226,7 @@ class Progress:
         """Finish the line."""
         if self._bar is not None:
             self._bar.close()
-        elif self._enabled:
+        elif self._enabled and self._shown != self.done:
             self._line()
 
     def __enter__(self) -> Progress:

@@ -194,6 +194,9 @@ class _Job:
         remembered = _spec(self.loaded.card.extra.get("teacher")) or _spec(also)
         if remembered is None:
             return None
+        if "," in remembered or remembered.startswith("random:"):
+            self.notes.append(f"the teacher {remembered!r} is no single trained model: name one with --teacher SPEC")
+            return None
         try:
             return load_model(remembered, weights="required")
         except ModelError as error:

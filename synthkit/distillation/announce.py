@@ -15,13 +15,15 @@ from synthkit.runtime import Runtime, format_bytes
 
 if TYPE_CHECKING:
     from synthkit.config.schema import DistillConfig
+    from synthkit.distillation.objective import Distillation
     from synthkit.distillation.protocols import Plan
     from synthkit.distillation.task import DistillTask
+    from synthkit.models.taps import TapSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Sizes of what a loss brings along."""
+    """What a loss brings along."""
 
     trained: int = 0
     """Parameters of the loss's own modules."""
@@ -29,17 +31,29 @@ class Parts:
     """Bytes of their buffers (memories, directions, ...)."""
     deployed: int | None = None
     """Parameters of the deployed network; None where the student stands alone."""
+    taps: str = ""
+    """Where feature maps are read, in words."""
 
 
-def parts_of(loss: Loss, student: nn.Module) -> Parts:
-    """The sizes of a loss that was set up on `student`."""
-    aux = loss.aux
+def parts_of(objective: Distillation) -> Parts:
+    """What a loss that was set up brings along."""
+    loss, student, aux = objective.loss, objective.student.view.module, objective.loss.aux
+    read = [f"student {_points(objective.student)}"] if objective.student.names else []
+    if objective.teacher is not None and objective.teacher.names:
+        read.append(f"teacher {_points(objective.teacher)}")
     deployed = loss.deploy(student) if loss.requires.deploys else None
     return Parts(
         trained=0 if aux is None else size(aux),
         kept=0 if aux is None else sum(b.numel() * b.element_size() for b in aux.buffers()),
         deployed=None if deployed is None else size(deployed),
+        taps="; ".join(read),
     )
+
+
+def _points(taps: TapSet) -> str:
+    """Names and shapes of the tapped maps."""
+    shapes = taps.shapes.maps or taps.shapes.preact
+    return ", ".join(f"{name} ({'x'.join(map(str, shape))})" for name, shape in zip(taps.names, shapes, strict=True))
 
 
 def announcement(task: DistillTask, runtime: Runtime, path: Path) -> list[str]:
@@ -53,6 +67,7 @@ def announcement(task: DistillTask, runtime: Runtime, path: Path) -> list[str]:
         f"distill: student {cfg.student} ({size(loaded.module):,} parameters, {start})",
         f"  teacher {teacher(task)}, {targets(task)}",
         f"  loss {cfg.loss_name}{beside}, labels {cfg.labels}{modules(task.parts, size(loaded.module))}",
+        *([f"  maps: {task.parts.taps}"] if task.parts.taps else []),
         f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
         f"order {cfg.order}, fresh {task.fresh:g}",
         f"  protocol {task.protocol}{flags}: {task.plan.describe()}{extras(task, runtime.world)}",

@@ -53,18 +53,18 @@ class Deployed:
         name, loss = _name_of(self.loss)
         return {"loss": name, "settings": loss.deployed_settings()}
 
-    def save(self, run: RunDir, card: Callable[[], ModelCard]) -> None:
+    def save(self, run: RunDir, card: Callable[[str], ModelCard]) -> None:
         """Write the model of the run: what is deployed; beside it `plain/` (the student alone, where modules are
         deployed with it) and `ema/` (the moving average, where there is one)."""
         if self.module is not None:
-            own = card()
+            own = card("plain_")
             own.extra["note"] = "the student alone, without the modules that its loss deploys"
             save_network(RunDir(run.path / "plain").create(), self.trainer.network, own, "student.safetensors")
         if self.trainer.average is not None:
-            own = card()
+            own = card("ema_")
             own.extra["note"] = f"moving average of the weights, decay {self.trainer.decay:g} per step"
             save_network(RunDir(run.path / "ema").create(), self.trainer.average, own, "student.safetensors")
-        whole = card()
+        whole = card("")
         if self.module is not None:
             whole.extra["head"] = self.head()
         save_network(run, self.module or self.trainer.network, whole, "student.safetensors")

@@ -275,6 +275,7 @@ class _Job:
         own = replace(cfg, seed=seed, seeds=1, out=str(path)) if cfg.seeds > 1 or control else cfg
         found = check_out(path, own, resume=cfg.resume)
         if found is not None and found.get("status") == "done":
+            self.runtime.say(f"  {path} is finished already: nothing is trained")
             return RunDir(path).read_json("result.json")
         began = time.monotonic()
         loaded, view = task.student(seed)
@@ -307,7 +308,7 @@ class _Job:
         if best is not None and cfg.eval_every:
             result["best_top1_diagnostic"] = best  # chosen on the test data, so never the headline
         if self.runtime.is_main:
-            Deployed(trainer, objective.loss).save(run, lambda: self.card(loaded.card, result))
+            Deployed(trainer, objective.loss).save(run, lambda which: self.card(loaded.card, result, which))
             run.write_json("result.json", result)
             finish_run(run, seconds=result["seconds"], wall_seconds=time.monotonic() - began)
             trainer.state.clear()
@@ -338,8 +339,8 @@ class _Job:
             "eval_data": cfg.eval_data,
         }
 
-    def card(self, student: ModelCard, result: dict[str, Any]) -> ModelCard:
-        """The card of the finished student."""
+    def card(self, student: ModelCard, result: dict[str, Any], which: str = "") -> ModelCard:
+        """The card of the finished student; `which` is the prefix of its figures (plain_, ema_)."""
         cfg, task, bank = self.cfg, self.task, self.task.bank
         data = task.eval_data
         return ModelCard(
@@ -349,7 +350,7 @@ class _Job:
             mean=student.mean,
             std=student.std,
             class_names=bank.class_names,
-            accuracy={f"{data.name} {data.split}": round(float(result["top1"]), 6)} if data is not None else None,
+            accuracy=None if data is None else {f"{data.name} {data.split}": round(float(result[f"{which}top1"]), 6)},
             source=f"synthkit distill, {result['kind']} student, trained on {result['trained_on']}",
             licence=student.licence,
             extra={

@@ -170,7 +170,7 @@ def _try_loss(task: DistillTask) -> Parts:
     view = task.student(task.cfg.seed)[1]
     needs = task.loss.requires
     labels = placeholder_labels(task) if needs.index and needs.labels else None
-    return parts_of(assemble(task, view, seed=task.cfg.seed, bank_labels=labels).loss, view.module)
+    return parts_of(assemble(task, view, seed=task.cfg.seed, bank_labels=labels))
 
 
 def _fit_batch(cfg: DistillConfig, plan: Plan, labels: LabelSet | None, images: int, notes: list[str]) -> Plan:

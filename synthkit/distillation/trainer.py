@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 CHECK_EVERY = 20  # steps between reading the figures (one wait for the device)
 SAVE_SECONDS = 60.0  # longest time between two states
-_TIMED = (4, 12)  # steps that are timed for the estimate: after the first few, which allocate
+_TIMED = (1, 3, 4, 12)  # steps between which the estimate is timed: early where they are slow, else over more
+_SLOW = 2.0  # seconds of a step that is slow
 
 Function = Callable[[ModelView, Batch], "dict[str, Tensor]"]
 """(student view, batch) -> scalars; the entry "loss" is minimised, the others are logged (detached)."""
@@ -125,12 +126,7 @@ class Trainer:
         if not self.runtime.is_main:
             return
         self._require_finite_weights()
-        self.state.save(
-            self.step,
-            self.stored,
-            self.optimizer,
-            {"seconds": self.seconds, "sums": self._sums},
-        )
+        self.state.save(self.step, self.stored, self.optimizer, {"seconds": self.seconds, "sums": self._sums})
 
     def restore(self) -> bool:
         """Go on from the newest whole state; False (and a start from the beginning) where there is none."""
@@ -204,7 +200,7 @@ class Trainer:
                 if self.step < self.total and (ended or (may_save and time.monotonic() - saved > SAVE_SECONDS)):
                     self.save()
                     saved = time.monotonic()
-            bar.update(self.total - bar.done)
+            bar.update(self.total - bar.done, **{k: v for k, v in last.items() if k in self._names})
         self._require_finite_weights()
         self.source.close()
         images = (self.total - first) * self.source.batch_size
@@ -376,9 +372,12 @@ class Trainer:
         return record
 
     def _estimate(self, bar: Any, timed: dict[int, float]) -> None:
-        if len(timed) < 2:
+        if len(timed) not in (2, 4):
             return
-        seconds = (timed[_TIMED[1]] - timed[_TIMED[0]]) / (_TIMED[1] - _TIMED[0])
+        first, last = sorted(timed)[-2:]
+        seconds = (timed[last] - timed[first]) / (last - first)
+        if len(timed) == 2 and seconds < _SLOW:
+            return
         rest = seconds * (self.total - self.step)
         bar.write(
             f"{self.description}: {self.source.batch_size / seconds:,.0f} images/s, {self.total} steps of "

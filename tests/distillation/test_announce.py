@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from synthkit import tables
-from synthkit.config.schema import DistillConfig
+from synthkit.config.schema import DistillConfig, RuntimeConfig
 from synthkit.distillation.announce import Parts, advice, modules, parts_of
 from synthkit.distillation.contract import Loss
+from synthkit.distillation.distill import distill
 from synthkit.distillation.plan import Plan
+from synthkit.models.card import ModelCard
 
 from .test_loss_contract import NAMES, Scene
 
@@ -46,15 +52,41 @@ def test_dot_without_labels_is_noted():
     assert told("ce+kd", optimizer="dot") == told("kd", optimizer="dot", label_weight=0.1) == []
 
 
-def test_sizes_of_what_a_loss_brings_along():
-    plain = Scene("kd")
-    assert parts_of(plain.loss, plain.student.module) == Parts()
+def brought(scene: Scene) -> Parts:
+    objective: Any = SimpleNamespace(loss=scene.loss, student=scene.taps, teacher=scene.teacher_taps)
+    return parts_of(objective)
+
+
+def test_what_a_loss_brings_along():
+    assert brought(Scene("kd")) == Parts()
     scene = Scene("simkd")
     assert isinstance(scene.loss.aux, nn.Module)
-    found = parts_of(scene.loss, scene.student.module)
+    found = brought(scene)
     assert found.trained == sum(p.numel() for p in scene.loss.aux.parameters()) > 0
     whole = scene.loss.deploy(scene.student.module)
     assert whole is not None and found.deployed == sum(p.numel() for p in whole.parameters())
+    student, teacher = found.taps.split("; ")
+    assert student.startswith("student ") and student.endswith("(64x4x4)") and student.count("x") == 6
+    assert teacher.startswith("teacher ") and teacher.endswith("(128x4x4)")
+
+
+def test_a_run_says_what_it_will_do(workshop, tmp_path, capsys):
+    cfg = DistillConfig(
+        bank=str(workshop.bank), student="lenet5_half", teacher=str(workshop.teacher), loss_name="lelp",
+        loss={"directions": 1}, labels="argmax", steps=2, batch_size=32, accumulate=2, eval_data=workshop.data,
+        out=str(tmp_path / "run"), runtime=RuntimeConfig(device="cpu"),
+    )  # fmt: skip
+    result = distill(cfg)
+    said = capsys.readouterr().err
+    assert "loss lelp, labels argmax; its own modules: " in said and "is evaluated beside it" in said
+    assert "augment affine, in 2 micro-batches" in said and said.count("2/2 (100 %)") == 1 and "loss=" in said
+    metrics = result.metrics
+    for folder, key in (("run", "top1"), ("run/plain", "plain_top1")):
+        claims = ModelCard.load(tmp_path / folder / "card.yaml").accuracy
+        assert isinstance(claims, dict)
+        assert list(claims.values())[0] == pytest.approx(metrics[key], abs=1e-6)
+    distill(replace(cfg, resume=True))
+    assert "is finished already: nothing is trained" in capsys.readouterr().err
 
 
 def test_modules_in_words():

@@ -72,7 +72,7 @@ class SimKD(Loss):
             raise ModelError(
                 f"loss simkd: the teacher's last map has {wanted} channels, its classifier takes "
                 f"{classifier.in_features} numbers",
-                hint="tap the map that the classifier reads, or use --loss srrl",
+                hint="use --loss kd+srrl, or name the map that the classifier reads with --teacher_taps",
             )
         self._classifier = classifier  # the teacher's own, frozen: no part of what is trained and stored
         point = setup.student_points[-1]
