@@ -70,6 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "every distillation loss on one bank: top-1 of the last epoch, over seeds",
         **{k: str(v) for k, v in vars(args).items() if k in ("bank", "teacher", "student", "eval_data", "beside")},
+        "images": _count(args.bank),
         "protocol": args.protocol,
         "epochs": args.epochs,
         "precision": args.precision,
@@ -135,6 +136,12 @@ def _labels(row: Row, beside: str) -> str:
     if not kind(config).requires.labels:
         return "none"
     return "stored" if beside == "ce" else "argmax"
+
+
+def _count(bank: str) -> int:
+    from synthkit.bank import Bank
+
+    return len(Bank(bank))
 
 
 def _arch(teacher: str) -> str:

@@ -69,6 +69,7 @@ PROTOCOLS: dict[str, Protocol] = {
         plan=_CRD,
         light_lr=0.01,
         beside="ce",
+        alone=("gendd",),
     ),
     "simkd": Protocol(
         description="SimKD's tables: optimised as crd, but a method stands beside ce + kd (T 4, T^2); SimKD alone",
@@ -85,6 +86,7 @@ PROTOCOLS: dict[str, Protocol] = {
             per_epoch=True, augment="rrc_flip",
         ),
         beside="ce",
+        alone=("gendd", "js"),
     ),
     "fast": Protocol(
         description="preview, not comparable to 240-epoch tables: SGD Nesterov .1 one-cycle, wd 5e-4, batch 128, "
