@@ -69,7 +69,7 @@ def announcement(task: DistillTask, runtime: Runtime, path: Path) -> list[str]:
         f"  loss {cfg.loss_name}{beside}, labels {cfg.labels}{modules(task.parts, size(loaded.module))}",
         *([f"  maps: {task.parts.taps}"] if task.parts.taps else []),
         f"  bank {cfg.bank}: {len(task.train):,} images of {task.bank.shape}, {len(task.held):,} held out, "
-        f"order {cfg.order}, fresh {task.fresh:g}",
+        f"order {'as stored' if task.views else cfg.order}, fresh {task.fresh:g}",
         f"  protocol {task.protocol}{flags}: {task.plan.describe()}{extras(task, runtime.world)}",
         f"  out {path}; {runtime.describe()}",
         *(f"  note: {text}" for text in task.notes),

@@ -59,9 +59,9 @@ class FitNet(Loss):
         for name, shapes in (("student", setup.student.maps), ("teacher", setup.teacher.maps)):
             if not -len(shapes) <= layer < len(shapes):
                 raise ConfigError(
-                    f"loss.layer: the {name} has {len(shapes)} tapped maps",
+                    f"fitnet, option layer: the {name} has {len(shapes)} tapped map{'s' * (len(shapes) != 1)}",
                     got=layer,
-                    hint=f"give one of 0 to {len(shapes) - 1}, or -1 for the last",
+                    hint="give 0" if len(shapes) == 1 else f"give one of 0 to {len(shapes) - 1}, or -1 for the last",
                 )
         with seeded(setup.seed):
             self.aux = regressor(setup.student.maps[layer], setup.teacher.maps[layer])
