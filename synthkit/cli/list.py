@@ -90,6 +90,12 @@ def _protocols() -> dict[str, str]:
     return distill | {name: f"evaluate --bank: {protocol.description}" for name, protocol in DD_PROTOCOLS.items()}
 
 
+def _presets() -> dict[str, str]:
+    from synthkit.distillation.relabel_presets import PRESETS
+
+    return {name: f"relabel: {preset.description}" for name, preset in PRESETS.items()}
+
+
 def _augmentations() -> dict[str, str]:
     from synthkit.data.policies import POLICIES
 
@@ -111,6 +117,7 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "datasets": lambda: dict(tables.DATASETS),
     "recipes": _recipes,
     "protocols": _protocols,
+    "presets": _presets,
     "curricula": lambda: dict(tables.CURRICULA),
     "augmentations": _augmentations,
     "formats": _formats,

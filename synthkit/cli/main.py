@@ -22,7 +22,7 @@ COMMANDS: dict[str, str] = {
     "bank": "info, verify, repair, merge, dedup, stats, privacy audit, import, push, pull, ... of a bank",
     "export": "a bank in another format, or a trained student as safetensors, torch.export or ONNX",
     "report": "one self-contained HTML page of runs and banks",
-    "list": "methods, losses, models, datasets, recipes, protocols, curricula, augmentations, formats",
+    "list": "methods, losses, models, datasets, recipes, protocols, presets, curricula, augmentations, formats",
     "recipes": "show, copy or check the shipped recipes",
     "bench": "speed and memory on this machine, as JSON",
     "doctor": "versions, devices, optional parts, writable paths",

@@ -80,7 +80,7 @@ def labelling(cfg: RelabelConfig) -> Labelling:
         ConfigError: no such preset (the nearest is offered), or a field of views where there are none.
     """
     if cfg.preset is not None and cfg.preset not in PRESETS:
-        raise ConfigError("preset: not known", got=cfg.preset, allowed=PRESETS)
+        raise ConfigError("preset: not known", got=cfg.preset, allowed=PRESETS, hint="synthkit list presets")
     preset = PRESETS[cfg.preset].values if cfg.preset is not None else {}
     names = [f.name for f in fields(Labelling) if f.name != "name"]
     given = {name: getattr(cfg, name) for name in names if getattr(cfg, name) is not None}
