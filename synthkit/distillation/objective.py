@@ -64,6 +64,7 @@ class Objective(Protocol):
         ...
 
     def look(self, batch: Batch) -> Seen: ...
+    def again(self, batch: Batch) -> Taps: ...
     def figures(self, seen: Seen) -> Figures: ...
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]] | None: ...
     def on_step(self, optimizer: torch.optim.Optimizer, progress: float) -> None: ...
@@ -81,6 +82,10 @@ class FromFunction:
     def look(self, batch: Batch) -> Seen:
         """Nothing yet: the function runs the network itself."""
         return Seen(batch=batch)
+
+    def again(self, batch: Batch) -> Taps:
+        """Never asked for: a function is not relational."""
+        raise NotImplementedError
 
     def figures(self, seen: Seen) -> Figures:
         """What the function says of the batch."""
@@ -157,6 +162,10 @@ class Distillation:
         if self.labels == "argmax":
             batch.labels = teacher.logits.argmax(dim=1)
         return Seen(student=self.student(batch.images), teacher=teacher, batch=batch)
+
+    def again(self, batch: Batch) -> Taps:
+        """The student's part of `look`, for the pass that takes gradients down to its weights."""
+        return self.student(batch.images)
 
     def figures(self, seen: Seen) -> Figures:
         """The loss of what was seen."""

@@ -273,8 +273,7 @@ class Trainer:
         for number, part in enumerate(parts):
             self._reseed(number)
             with self.runtime.autocast():
-                again = self.objective.look(part).student
-            assert again is not None
+                again = self.objective.again(part)
             wanted = [
                 (tensor, leaf.grad.chunk(len(parts))[number])
                 for tensor, leaf in zip(tensors_of(again), leaves, strict=True)
