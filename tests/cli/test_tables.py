@@ -13,7 +13,7 @@ from synthkit.cli.main import main
 from synthkit.config import recipes
 from synthkit.config.parse import load_recipe
 
-RECIPES = 130
+RECIPES = 272
 """Shipped recipes; a new recipe is a new row here and in the docs."""
 
 
