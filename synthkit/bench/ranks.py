@@ -1,10 +1,10 @@
 """`synthkit bench ranks`: two processes (gloo) against one with the same global batch, and a killed rank.
 
 Every case trains the same student for a few steps of a bank in one process and in two; `difference` is the largest
-absolute one of any weight or running statistic, `largest` the largest of their values. float64 shows the arithmetic; in float32, torch's channels-last
-BatchNorm on CPU alone is off by a part in ten thousand, which the steps amplify. Then rank 1 of a pair is killed with
-kill -9 in the middle: how long the other takes to end, what it says, and whether the resumed pair gives the bytes of an
-uninterrupted one.
+absolute one of any weight or running statistic, `largest` the largest of their values. float64 shows the arithmetic;
+in float32, torch's channels-last BatchNorm on CPU alone is off by a part in ten thousand, which the steps amplify. Then
+rank 1 of a pair is killed with kill -9 in the middle: how long the other takes to end, what it says, and whether the
+resumed pair gives the bytes of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtypes", default="float64,float32", help="comma-separated")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
     args = parser.parse(argv)
-    words = ["distill", "--bank", str(args.bank), "--teacher", args.teacher, "--steps", str(args.steps), "--batch_size", str(args.batch_size), "--augment", "shift",
-             "--lr", "0.005", "--device", "cpu"]  # fmt: skip
+    words = ["distill", "--bank", str(args.bank), "--teacher", args.teacher, "--augment", "shift", "--lr", "0.005",
+             "--device", "cpu", "--steps", str(args.steps), "--batch_size", str(args.batch_size)]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="synthkit-ranks-") as folder:
         root = Path(folder)
         rows = []
