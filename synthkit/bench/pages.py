@@ -1,0 +1,154 @@
+"""The long tables of `assets/results/` as Markdown, from the JSON files beside them.
+
+`python -m synthkit.bench.pages` writes `losses.md` (`synthkit bench losses`) and `dfkd.md` (`synthkit bench dfkd`)
+again; a test compares them with the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from synthkit import tables
+from synthkit.paths import assets_dir
+
+LOSSES = {"losses_mnist_synthetic.json": "synthetic", "losses_cifar10_real.json": "real",
+         "losses_cifar10_real_56.json": "real, larger"}  # fmt: skip
+
+
+def losses(folder: Path) -> str:
+    """The tables of losses that lie in `folder`."""
+    parts = ["# Distillation losses, measured", "", INTRODUCTION, ""]
+    for name, title in LOSSES.items():
+        if (folder / name).is_file():
+            parts += section(json.loads((folder / name).read_text()), title, name)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+INTRODUCTION = (
+    "Written by `python -m synthkit.bench.pages` from the JSON beside it. Top-1 on test images, last epoch, mean "
+    "± std over seeds. `above KD` is the mean difference to the row `kd` over the same seeds ± its standard error. "
+    "Weights are the published ones; warm-ups and initial phases take one epoch. These are minutes of two CPU cores, "
+    "not the published 240 epochs: a loss that needs a long schedule is not judged here."
+)
+
+
+def section(table: dict[str, Any], title: str, name: str) -> list[str]:
+    """One table as lines, the best first, losses that failed at the end."""
+    rows = sorted(table["rows"].items(), key=lambda item: -_mean(item[1]))
+    teacher = table["teacher_top1"]
+    lines = [
+        f"## {_heading(table, title)}",
+        "",
+        f"`{name}`: bank of {_images(table)}, {table['epochs']} epochs, protocol `{table['protocol']}`, precision "
+        f"{table['precision']}; the teacher has {_percent(teacher)} %.",
+        "",
+        "| row | loss | top-1 | above KD | CPU s |",
+        "|---|---|---|---|---|",
+    ]
+    return [*lines, *(_line(key, row) for key, row in rows), ""]
+
+
+def _heading(table: dict[str, Any], title: str) -> str:
+    teacher = Path(table["teacher"]).stem
+    kind = "a synthetic bank, the teacher's argmax as labels" if table["beside"] == "kd" else "labelled real images"
+    return f"{teacher} to {table['student']} on {kind}" + ("" if title != "real, larger" else " (larger pair)")
+
+
+def _images(table: dict[str, Any]) -> str:
+    return f"{table['images']:,} images" if table.get("images") else "images"
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    if row["top1"] is None:
+        return f"| `{name}` | `{row['loss']}` | – | {row['failed'].split('; ')[0].removeprefix('seed 0: ')} | |"
+    top1, gap = row["top1"], row.get("above_kd")
+    shown = _percent(top1["mean"]) + (f" ± {_percent(top1['std'])}" if top1["n"] > 1 else "")
+    above = ""
+    if gap is not None and name != "kd":
+        above = f"{100 * gap['mean']:+.2f}" + (f" ± {_percent(gap['stderr'])}" if gap["n"] > 1 else "")
+    plain = f" (its own classifier: {_percent(row['plain_top1']['mean'])})" if "plain_top1" in row else ""
+    options = ", ".join(f"{k} {v}" for k, v in {**row["options"], **row["config"]}.items())
+    how = f"`{row['loss']}`" + (f", {options}" if options else "")
+    return f"| `{name}` | {how} | {shown}{plain} | {above} | {row['cpu_seconds']:.0f} |"
+
+
+def _mean(row: dict[str, Any]) -> float:
+    return -1.0 if row["top1"] is None else row["top1"]["mean"]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def unknown_rows(table: dict[str, Any]) -> set[str]:
+    """Losses of the table of losses that a measured table lacks."""
+    return set(tables.LOSSES) - set(table["rows"])
+
+
+# --- the data-free family ---------------------------------------------------------------------------------------------
+
+COLUMNS = {"mnist_bn": "LeNet-5-BN to half", "mnist": "LeNet-5 to half", "cifar10": "ResNet-20 to 8"}
+ENDS = {"real": "real images, KD", "real_labels": "real images, labels alone", "noise": "noise"}
+PAIRS = {"ResNet-34 -> ResNet-18": "C10 r34", "WRN-40-2 -> WRN-16-1": "C10 wrn"}
+
+
+def pairs_of(folder: Path) -> dict[str, Any]:
+    """Every measured pair, from whichever file it lies in."""
+    found: dict[str, Any] = {}
+    for name in ("dfkd.json", "dfkd_cifar10.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text())["pairs"]
+    return found
+
+
+def dfkd(folder: Path) -> str:
+    """All methods of the data-free family, the best of the first column first."""
+    pairs = pairs_of(folder)
+    published = json.loads((folder / "dfkd.json").read_text())["published"]
+    budgets = [f"{COLUMNS[name]}, {table['budget_cpu_seconds']:.0f} s" for name, table in pairs.items()]
+    lines = ["# The data-free family, measured", "", DFKD_INTRODUCTION, ""]
+    lines += [f"| method | {budgets[0]} | fresh student of its bank | {' | '.join(budgets[1:])} | published |"]
+    lines += ["|" + "---|" * (len(budgets) + 3)]
+    rows = {name: {row["method"]: row for row in table["rows"]} for name, table in pairs.items()}
+    first = rows["mnist_bn"]
+    for method in sorted(first, key=lambda m: -first[m]["top1"]["mean"]):
+        fresh = first[method]["fresh_student"]
+        cells = [_cell(rows[name].get(method)) for name in pairs]
+        cells.insert(1, _percent(fresh["top1"]) if fresh else "–")
+        lines.append(f"| `{method}` | {' | '.join(cells)} | {_published(published, method)} |")
+    for end, text in ENDS.items():
+        cells = [_cell(table["ends"].get(end)) for table in pairs.values()]
+        cells.insert(1, "")
+        lines.append(f"| control: {text} | {' | '.join(cells)} | {_published(published, end)} |")
+    teachers = ", ".join(f"{COLUMNS[n]} {_percent(t['teacher']['top1'])}" for n, t in pairs.items())
+    return "\n".join([*lines, "", f"Teachers: {teachers}."]) + "\n"
+
+
+DFKD_INTRODUCTION = (
+    "Written by `python -m synthkit.bench.pages` from `dfkd.json` and `dfkd_cifar10.json`. Top-1 on test images of the "
+    "co-trained student at its last epoch, mean ± std over seeds; every run of a column takes the same CPU seconds of "
+    "one thread. `published` is what others report for their networks and schedules, mostly the best epoch (C10 r34: "
+    "ResNet-34 to 18, wrn: WRN-40-2 to 16-1; sources in the JSON). On CIFAR-10 the budget is a few hundred steps: what "
+    "stands near 10 has not begun to learn."
+)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    top1 = row["top1"]
+    return _percent(top1["mean"]) + (f" ± {_percent(top1['std'])}" if top1["n"] > 1 else "")
+
+
+def _published(entries: list[dict[str, Any]], method: str) -> str:
+    own = [e for e in entries if e["method"] == method]
+    return ", ".join(f"{e['top1']:.2f} {'MNIST' if e['dataset'] == 'mnist' else PAIRS[e['pair']]}" for e in own)
+
+
+if __name__ == "__main__":
+    results = assets_dir() / "results"
+    for target, text in (("losses.md", losses(results)), ("dfkd.md", dfkd(results))):
+        (results / target).write_text(text, encoding="utf-8")
+        print(results / target)
