@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--student", required=True, help="architecture, trained from fresh weights")
     parser.add_argument("--eval-data", required=True, help="data spec; its test split judges the last epoch")
     parser.add_argument("--beside", choices=["ce", "kd"], required=True, help="what stands beside a method")
+    parser.add_argument(
+        "--control", default=None, help="data spec: KD on as many random real images of its train split, as a row"
+    )
     parser.add_argument("--losses", default=None, help="comma-separated rows (none: all)")
     parser.add_argument("--protocol", default="auto", help="named preset (synthkit list protocols)")
     parser.add_argument("--epochs", type=int, required=True, help="passes over the bank")
@@ -55,6 +59,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     plan = rows(args.beside)
     if args.second_teacher is None:
         plan = {name: row for name, row in plan.items() if row.teachers < 2}
+    if args.control is not None:  # the same student, loss and steps; only the images differ
+        plan |= {
+            f"control_{k}": replace(plan["kd"], config={"control": v})
+            for k, v in (("real", args.control), ("noise", "noise"))
+        }
     names = list(plan) if args.losses is None else [n.strip() for n in args.losses.split(",") if n.strip()]
     for name in names:
         if name not in plan:
@@ -122,6 +131,7 @@ def _run(name: str, row: Row, seed: int, args: argparse.Namespace) -> dict[str, 
         values["lr"] = args.lr
     began = time.process_time()
     result = distill(parse_config("distill", values)).metrics
+    result = result.get("control", result)  # of a control row only the control counts
     record = {**result, "cpu_seconds": time.process_time() - began}
     RunDir(path / "bench").create().write_json("result.json", record)
     return record
