@@ -166,8 +166,16 @@ def test_readme_says_of_the_data_free_family_what_was_measured():
     among = pairs["mnist_bn"]["selection"]["diagnosis"]["among_runs"]["regret"]
     expected += [percent(stopping[name]) for name in ("choice", "last", "random")]
     expected += [percent(among[name]) for name in ("choice", "random")]
-    missing = [text for text in expected if text not in README]
-    assert not missing, f"not in README.md as measured: {missing}"
+    said = README + (RESULTS / "dfkd.md").read_text(encoding="utf-8")
+    missing = [text for text in expected if text not in said]
+    assert not missing, f"neither in README.md nor in dfkd.md as measured: {missing}"
+
+
+def test_the_pages_are_those_of_the_measurements():
+    from synthkit.bench import pages
+
+    assert (RESULTS / "dfkd.md").read_text(encoding="utf-8") == pages.dfkd(RESULTS)
+    assert (RESULTS / "losses.md").read_text(encoding="utf-8") == pages.losses(RESULTS)
 
 
 def test_the_bars_of_the_data_free_family_hold():
