@@ -21,7 +21,7 @@ from synthkit.bench.losses_plan import Row, rows
 from synthkit.bench.pipeline import spread
 from synthkit.cli.arguments import Arguments
 from synthkit.config.parse import parse_config
-from synthkit.errors import ConfigError, NonFiniteError, UsageError
+from synthkit.errors import ConfigError, ModelError, NonFiniteError, RequirementError, UsageError
 from synthkit.runtime import RunDir, hardware, versions, write_json
 
 
@@ -68,6 +68,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in names:
         if name not in plan:
             raise ConfigError("bench losses: --losses: no such row", got=name, allowed=plan)
+    _check(args)
     made = {}
     for name in names:
         made[name] = _row(name, plan[name], args)
@@ -90,6 +91,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _check(args: argparse.Namespace) -> None:
+    """What all rows share is refused at once; what one loss cannot do is a result of its row."""
+    from synthkit.data.specs import load_data
+    from synthkit.models.build import load_model
+
+    _count(args.bank)
+    load_data(args.eval_data, "test")
+    for spec in (args.teacher, args.second_teacher):
+        if spec is not None:
+            load_model(spec)
+    load_model(args.student, weights="optional", seed=0)
+
+
 def _row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """One loss over the seeds."""
     found: dict[str, Any] = {"loss": row.loss, "options": row.options, "config": row.config}
@@ -97,7 +111,7 @@ def _row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     for seed in range(args.seeds):
         try:
             results.append(_run(name, row, seed, args))
-        except (NonFiniteError, UsageError) as error:  # it diverged, or these networks are refused: that is the result
+        except (NonFiniteError, ConfigError, ModelError, RequirementError) as error:  # that is its result
             return found | {"top1": None, "teacher_top1": None, "failed": f"seed {seed}: {error}"}
     extra = {k: results[0][k] for k in ("deployed_params", "plain_params", "deployed_flops", "plain_flops")
              if k in results[0]}  # fmt: skip
