@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from torch import nn
 
 from synthkit.config.schema import DistillConfig
 from synthkit.distillation.contract import Loss, Setup, Shapes
-from synthkit.distillation.ensemble import TeacherEnsemble
 from synthkit.distillation.objective import Distillation
-from synthkit.distillation.sources import EasyToHard, stream_seed
+from synthkit.distillation.sources import easy_share, stream_seed
 from synthkit.errors import ConfigError
 from synthkit.models.taps import TapSet
 from synthkit.models.view import ModelView
@@ -78,28 +76,18 @@ def assemble(
             epochs=-(-task.plan.total_steps(task.steps_per_epoch) // task.steps_per_epoch),
             images=len(task.bank) if real is None else len(real),
             student_points=list(student.names),
-            student_classifier=_classifier(view),
-            teacher_classifier=_classifier(task.teacher) if live else None,
+            student_classifier=view.last_linear,
+            teacher_classifier=None if teacher is None else teacher.view.last_linear,
             bank_labels=bank_labels,
             seed=stream_seed(seed, "weights", 1),
         )
     )
     policy = "argmax" if control and cfg.labels == "stored" else cfg.labels
-    pace = None
-    if cfg.order == "self_paced":
-        epochs = max(1, task.plan.total_steps(task.steps_per_epoch) // task.steps_per_epoch)
-        shares = EasyToHard(np.arange(1), np.zeros(1), seed, epochs)
-        pace = lambda progress: shares.share(int(progress * epochs))  # noqa: E731  # one line, used once
+    epochs = max(1, task.plan.total_steps(task.steps_per_epoch) // task.steps_per_epoch)
+    pace = functools.partial(easy_share, epochs=epochs) if cfg.order == "self_paced" else None
     return Distillation(loss, student, teacher, labels=policy, label_weight=cfg.label_weight, pace=pace)
 
 
 def placeholder_labels(task: DistillTask) -> torch.Tensor:
     """Labels of every class for a trial set-up, before any image was looked at."""
     return torch.arange(len(task.bank)) % task.bank.num_classes
-
-
-def _classifier(view: ModelView | None) -> nn.Linear | None:
-    """The last linear layer; None where there is none."""
-    module = None if view is None or isinstance(view, TeacherEnsemble) else view.module
-    linears = [] if module is None else [m for m in module.modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears else None

@@ -110,6 +110,10 @@ class TeacherEnsemble(TeacherView):
         self._refuse("common features")
 
     @property
+    def last_linear(self) -> None:
+        """None: every member has its own."""
+
+    @property
     def classifier(self) -> nn.Linear:
         """Refused: every member has its own."""
         self._refuse("common classifier")

@@ -6,6 +6,7 @@ that the trainer can put slices together in between: those of other ranks, and t
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -107,7 +108,7 @@ class Distillation:
         student, teacher: where their features are read; without a teacher the batch's stored logits are used.
         labels: policy of the hard labels: none, argmax (of the teacher) or stored.
         label_weight: weight of the cross-entropy on them (0: none).
-        pace: share of the batch's easiest samples that count, by progress (self-paced), or None.
+        pace: share of the batch's easiest samples that count, by epoch (self-paced), or None.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Distillation:
         *,
         labels: str = "none",
         label_weight: float = 0.0,
-        pace: Callable[[float], float] | None = None,
+        pace: Callable[[int], float] | None = None,
     ):
         self.loss, self.student, self.teacher = loss, student, teacher
         self.labels, self.label_weight, self.pace = labels, label_weight, pace
@@ -175,7 +176,7 @@ class Distillation:
         if self.label_weight and batch.labels is not None:
             values["label_ce"] = self.label_weight * ce_per_sample(student.logits, batch.labels)
         if self.pace is not None:
-            values = paced(values, self.pace(batch.progress))
+            values = paced(values, self.pace(math.floor(batch.epoch)))
         parts = {name: value.mean() for name, value in values.items()}
         task = [parts[name] for name in TASK_TERMS if name in parts]
         shown = {name: value.detach() for name, value in parts.items()} if len(parts) > 1 else {}

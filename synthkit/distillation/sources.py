@@ -18,6 +18,7 @@ from synthkit.data.augment import augment, check_policy
 from synthkit.distillation.contract import Batch
 from synthkit.distillation.stores import ResidentStore, Store, StreamedStore, bank_store, free_memory
 from synthkit.errors import BankError, ConfigError, DataError, RequirementError
+from synthkit.synthesis.curriculum import rising
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +80,12 @@ class RandomOrder:
         return self.indices[rng.permutation(len(self.indices))]
 
 
+def easy_share(epoch: int, epochs: int, start: float = 0.3, until: float = 0.5) -> float:
+    """Share of the easiest images that epoch `epoch` (from 0) of `epochs` counts: from `start` to 1, linear, reached
+    at the share `until` of the run."""
+    return rising(epoch / max(until * epochs, 1e-9), start, 1.0)
+
+
 class EasyToHard:
     """Random order over the easiest images; the share that may be drawn grows with the run.
 
@@ -95,7 +102,7 @@ class EasyToHard:
 
     def share(self, epoch: int) -> float:
         """Share of the images that epoch `epoch` (from 0) draws from."""
-        return min(1.0, self.start + (1.0 - self.start) * epoch / max(self.until * self.epochs, 1e-9))
+        return easy_share(epoch, self.epochs, self.start, self.until)
 
     def epoch(self, epoch: int) -> np.ndarray:
         """(n,) indices in the order of this epoch."""

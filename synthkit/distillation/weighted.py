@@ -54,11 +54,6 @@ class Term:
         return self.weight if self.counts(epoch) else 0.0
 
 
-def is_sum(expression: str) -> bool:
-    """Whether a loss name is a weighted sum (of one term or more) and not a name of the table."""
-    return any(mark in expression for mark in "+*@")
-
-
 def parse_terms(expression: str) -> tuple[Term, ...]:
     """The terms of a sum.
 

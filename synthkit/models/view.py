@@ -108,12 +108,17 @@ class ModelView:
         return logits, kept[0].flatten(1)
 
     @property
-    def classifier(self) -> nn.Linear:
-        """The last linear layer of the network."""
+    def last_linear(self) -> nn.Linear | None:
+        """The last linear layer of the network, None where there is none."""
         linears = [m for m in self.module.modules() if isinstance(m, nn.Linear)]
-        if not linears:
+        return linears[-1] if linears else None
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The last linear layer; raises `ModelError` where there is none."""
+        if self.last_linear is None:
             raise ModelError(f"{self.name} has no linear classifier layer", hint="use logits only")
-        return linears[-1]
+        return self.last_linear
 
     def batchnorms(self) -> list[nn.BatchNorm2d]:
         """All BatchNorm2d layers with running statistics, in module order."""

@@ -170,16 +170,16 @@ def test_pace_that_takes_all_or_has_nothing_to_choose_changes_nothing():
     assert paced(whole, 0.3) is whole
 
 
-def test_a_paced_objective_sees_whole_batches_and_asks_by_progress():
-    asked: list[float] = []
-    made = objective(pace=lambda progress: asked.append(progress) or 0.25)
+def test_a_paced_objective_sees_whole_batches_and_asks_by_epoch():
+    asked: list[int] = []
+    made = objective(pace=lambda epoch: asked.append(epoch) or 0.25)
     assert made.relational and not objective().relational
-    seen = made.look(replace(batch(), progress=0.5))
+    seen = made.look(replace(batch(), epoch=2.5))
     figures = made.figures(seen)
     assert seen.student is not None and seen.teacher is not None
     easiest = (seen.student.logits - seen.teacher.logits).square().mean(dim=1).sort().values[:2]
     torch.testing.assert_close(figures.loss, easiest.mean())
-    assert asked == [0.5]
+    assert asked == [2]
 
 
 # --- slices -----------------------------------------------------------------------------------------------------------

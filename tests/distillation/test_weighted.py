@@ -16,7 +16,7 @@ from synthkit.config.parse import config_hash, config_to_dict, parse_command_lin
 from synthkit.distillation.contract import Batch, Look, Loss, LossNeeds, Setup, Shapes, Taps
 from synthkit.distillation.losses.kd import kd_loss
 from synthkit.distillation.outputs import identity, short_hash
-from synthkit.distillation.weighted import Term, WeightedSum, is_sum, parse_terms, weighted_sum
+from synthkit.distillation.weighted import Term, WeightedSum, parse_terms, weighted_sum
 from synthkit.errors import ConfigError
 
 
@@ -81,7 +81,7 @@ def taps() -> tuple[Taps, Taps, Batch]:
     ],
 )
 def test_sums_are_read(text, terms):
-    assert is_sum(text) and list(parse_terms(text)) == terms
+    assert list(parse_terms(text)) == terms
 
 
 @pytest.mark.parametrize(

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from synthkit import tables
-from synthkit.config.schema import DistillConfig, RuntimeConfig
-from synthkit.distillation import trainer as trainer_module
 from synthkit.distillation.distill import distill
 from synthkit.errors import RequirementError
-
-
-@pytest.fixture
-def config(workshop, tmp_path):
-    """A short run under the loss `expression`, with the options of its terms."""
-
-    def make(expression: str, options: dict, **changes) -> DistillConfig:
-        kind = tables.lookup("loss", expression)
-        parts = {name: tables.lookup("loss", name).Config(**values) for name, values in options.items()}
-        loss = kind.Config(**parts) if "+" in expression else parts.get(expression, kind.Config())
-        values = {
-            "bank": str(workshop.bank), "student": "lenet5_half_bn", "epochs": 6, "batch_size": 32,
-            "optimizer": "adamw", "lr": 4e-3, "augment": "none", "loss_name": expression, "loss": loss,
-            "out": str(tmp_path / "run"), "runtime": RuntimeConfig(device="cpu"),
-        }  # fmt: skip
-        return DistillConfig(**{**values, **changes})
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -55,29 +37,10 @@ def test_a_student_learns(config, workshop, expression, options):
     assert distill(cfg).metrics["holdout_agreement"] >= 0.9
 
 
-def test_class_priors_survive_a_kill(config, tmp_path, monkeypatch):
+def test_class_priors_survive_a_kill(config, killed_equals_whole):
+    """Killed in the third epoch: the table in use is the second's."""
     options = {"ikl": {"class_prior": True, "weight_temperature": 1.0}}
-
-    def run(name: str, **changes):
-        return config("ikl", options, labels="argmax", epochs=4, out=str(tmp_path / name), **changes)
-
-    whole = distill(run("whole"))
-    step, calls = trainer_module.Trainer._train_step, []
-
-    def dies(self):
-        calls.append(1)
-        if len(calls) == 13:  # in the third epoch: the table in use is the second's
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(trainer_module.Trainer, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        distill(run("killed"))
-    monkeypatch.undo()
-    resumed = distill(run("killed", resume=True))
-    first, second = (load_file(str(result.path / "student.safetensors")) for result in (whole, resumed))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    killed_equals_whole(functools.partial(config, "ikl", options, labels="argmax", epochs=4), at=13)
 
 
 @pytest.mark.parametrize(

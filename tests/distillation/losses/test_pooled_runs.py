@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from synthkit import tables
-from synthkit.config.schema import DistillConfig, RuntimeConfig, TeachConfig
-from synthkit.distillation import trainer as trainer_module
+from synthkit.config.schema import RuntimeConfig, TeachConfig
 from synthkit.distillation.distill import distill
 from synthkit.distillation.heads.simkd import SimKDNetwork
 from synthkit.distillation.teach import teach
@@ -16,24 +16,6 @@ from synthkit.errors import ModelError, RequirementError
 from synthkit.models.build import load_model
 
 CRD = {"crd": {"negatives": 40, "width": 16}}
-
-
-@pytest.fixture
-def config(workshop, tmp_path):
-    """A short run under the loss `expression`, with the options of its terms."""
-
-    def make(expression: str, options: dict | None = None, **changes) -> DistillConfig:
-        kind = tables.lookup("loss", expression)
-        parts = {name: tables.lookup("loss", name).Config(**values) for name, values in (options or {}).items()}
-        loss = kind.Config(**parts) if "+" in expression else parts.get(expression, kind.Config())
-        values = {
-            "bank": str(workshop.bank), "student": "lenet5_half_bn", "epochs": 4, "batch_size": 32,
-            "optimizer": "adamw", "lr": 4e-3, "augment": "none", "loss_name": expression, "loss": loss,
-            "out": str(tmp_path / "run"), "runtime": RuntimeConfig(device="cpu"),
-        }  # fmt: skip
-        return DistillConfig(**{**values, **changes})
-
-    return make
 
 
 @pytest.mark.parametrize(
@@ -48,7 +30,7 @@ def config(workshop, tmp_path):
     ],
 )
 def test_a_student_learns(config, expression, options, labels):
-    result = distill(config(expression, options, labels=labels))
+    result = distill(config(expression, options, labels=labels, epochs=4))
     assert result.metrics["holdout_agreement"] >= 0.8
 
 
@@ -57,27 +39,8 @@ def test_crd_needs_labels_and_rows(config):
         distill(config("kd+crd", CRD))
 
 
-def test_memories_survive_a_kill(config, tmp_path, monkeypatch):
-    def run(name: str, **changes):
-        return config("kd+0.05*crd", CRD, labels="argmax", epochs=3, out=str(tmp_path / name), **changes)
-
-    whole = distill(run("whole"))
-    step, calls = trainer_module.Trainer._train_step, []
-
-    def dies(self):
-        calls.append(1)
-        if len(calls) == 9:  # in the second epoch
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(trainer_module.Trainer, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
-        distill(run("killed"))
-    monkeypatch.undo()
-    resumed = distill(run("killed", resume=True))
-    first, second = (load_file(str(result.path / "student.safetensors")) for result in (whole, resumed))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+def test_memories_survive_a_kill(config, killed_equals_whole):
+    killed_equals_whole(functools.partial(config, "kd+0.05*crd", CRD, labels="argmax", epochs=3))
 
 
 def test_simkd_refuses_a_teacher_whose_classifier_reads_something_else(config):
