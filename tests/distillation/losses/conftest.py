@@ -34,7 +34,8 @@ def config(workshop, tmp_path) -> Callable[..., DistillConfig]:
 
 @pytest.fixture
 def killed_equals_whole(tmp_path, monkeypatch) -> Callable[..., None]:
-    """Assert that a run that dies in step `at` (the ninth is in the second epoch) and is resumed gives the student of an uninterrupted one."""
+    """Assert that a run that dies in step `at` (the ninth is in the second epoch) and is resumed gives the student of
+    an uninterrupted one."""
 
     def check(make: Callable[..., DistillConfig], at: int = 9) -> None:
         whole = distill(make(out=str(tmp_path / "whole")))
