@@ -250,7 +250,8 @@ class Row:
             )
         )
         assert self.task.teacher is not None  # the bank names it
-        self.teacher = self.task.teacher.to(runtime.device, channels_last=runtime.channels_last)
+        self.channels_last = runtime.lays_channels_last(self.task.bank.shape)  # as `synthkit distill` lays its networks
+        self.teacher = self.task.teacher.to(runtime.device, channels_last=self.channels_last)
         store = bank_store(self.task.bank, runtime.device, logits=None)
         order = RandomOrder(self.task.train, 0)
         self.bank_source = lambda: StoreSource(
@@ -318,8 +319,8 @@ class Row:
             optimizer.step()
         self.synchronize()
         rate = self.args.steps * self.args.batch / (time.perf_counter() - started)
-        if self.runtime.channels_last:
-            teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as the trainer found it
+        found = torch.channels_last if self.channels_last else torch.contiguous_format
+        teacher.to(memory_format=found)  # type: ignore[call-overload]  # as the trainer found it
         return rate
 
     def synchronize(self) -> None:

@@ -4,25 +4,35 @@ On a bank of labelled real images (`--beside ce`) a method stands beside the cro
 published with; on a synthetic bank (`--beside kd`) beside KD, with the teacher's argmax where it needs labels. The
 headline is the last epoch on `--eval-data`; the controls are plain cross-entropy, plain KD, and KD from a teacher that
 knows nothing. Every difference to KD is over the same seeds. Resumed when `--work` exists.
+
+`pull` of a row is the norm of its method's gradient on the student's weights at the first step, in units of the plain
+row's (`ce` or `kd`, as `--beside` says). With `--even` every method that begins more than three times as hard or as
+softly is trained once more with its weight changed so that it begins as hard as the plain row: what is then still lost
+is not lost by the weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from synthkit.bench.losses_plan import Row, rows
+from synthkit.bench.losses_plan import METHODLESS, Row, evened, rows
 from synthkit.bench.pipeline import spread
 from synthkit.cli.arguments import Arguments
 from synthkit.config.parse import parse_config
 from synthkit.errors import ConfigError, ModelError, NonFiniteError, RequirementError, UsageError
 from synthkit.runtime import RunDir, hardware, versions, write_json
+
+FAILURES = (NonFiniteError, ConfigError, ModelError, RequirementError)
+UNEVEN = 3.0  # times as hard as the plain row, or as softly: then `--even` trains once more
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +54,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="students of every loss (3)")
     parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs (resumed when it exists)")
+    parser.add_argument("--even", action="store_true", help="again with the weight under which a method begins even")
     parser.add_argument("--only-runs", action="store_true", help="make the runs, leave the table to a later call")
     parser.add_argument("--out", type=Path, default=None, help="also write the JSON here")
     args = parser.parse(argv)
@@ -69,10 +80,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if name not in plan:
             raise ConfigError("bench losses: --losses: no such row", got=name, allowed=plan)
     _check(args)
-    made = {}
+    norm = max(_pull(args.beside, plan[args.beside], args, ()), 1e-12)
+    made: dict[str, Any] = {}
     for name in names:
-        made[name] = _row(name, plan[name], args)
-        print(f"{name} ({plan[name].loss}): {_text(made[name])}", file=sys.stderr, flush=True)
+        made[name] = _made(name, plan[name], args)
+        made[name]["pull"] = ratio = _pull(name, plan[name], args, METHODLESS) / norm
+        if args.even and ratio > 0 and not 1 / UNEVEN <= ratio <= UNEVEN and (even := evened(plan[name], 1 / ratio)):
+            made[f"{name}_even"] = _made(f"{name}_even", even, args) | {"pull": 1.0}
     if not args.only_runs and "kd" in made and "values" in (made["kd"].get("top1") or {}):
         for row in made.values():
             if row["top1"] is not None:
@@ -89,6 +103,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def _made(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
+    made = _row(name, row, args)
+    print(f"{name} ({row.loss}): {_text(made)}", file=sys.stderr, flush=True)
+    return made
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -111,7 +131,7 @@ def _row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     for seed in range(args.seeds):
         try:
             results.append(_run(name, row, seed, args))
-        except (NonFiniteError, ConfigError, ModelError, RequirementError) as error:  # that is its result
+        except FAILURES as error:  # that is its result
             return found | {"top1": None, "teacher_top1": None, "failed": f"seed {seed}: {error}"}
     extra = {k: results[0][k] for k in ("deployed_params", "plain_params", "deployed_flops", "plain_flops")
              if k in results[0]}  # fmt: skip
@@ -127,28 +147,65 @@ def _row(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _pull(name: str, row: Row, args: argparse.Namespace, beside: tuple[str, ...]) -> float:
+    """First gradient norm of the row's method: of all terms but those of `beside`, where it has others (seed 0)."""
+    from synthkit.distillation.distill import distill
+
+    norms = (_kept(args, name, 0) or {}).get("first_gradient_norms")
+    folder = RunDir(args.work / "pulls")
+    if norms is None:
+        norms = folder.read_json(f"{name}.json")
+    if norms is None:
+        with tempfile.TemporaryDirectory(prefix="synthkit-bench-") as out:
+            values = _values(row, 0, args) | {
+                "out": out,
+                "resume": False,
+                "eval_data": None,
+                "epochs": None,
+                "steps": 1,
+            }
+            try:
+                norms = distill(parse_config("distill", values)).metrics["first_gradient_norms"]
+            except FAILURES:
+                norms = {}
+        folder.create().write_json(f"{name}.json", norms)
+    own = [norm for term, norm in norms.items() if term not in beside] or list(norms.values())
+    return math.hypot(*own)
+
+
+def _kept(args: argparse.Namespace, name: str, seed: int) -> dict[str, Any] | None:
+    """The result of a run that is done."""
+    folder = args.work / f"{name}-seed{seed}" / "bench"
+    return RunDir(folder).read_json("result.json") if folder.is_dir() else None
+
+
 def _run(name: str, row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     from synthkit.distillation.distill import distill
 
-    path = args.work / f"{name}-seed{seed}"
-    kept = RunDir(path / "bench").read_json("result.json") if (path / "bench").is_dir() else None
+    kept = _kept(args, name, seed)
     if kept is not None:
         return kept
+    path = args.work / f"{name}-seed{seed}"
+    began = time.process_time()
+    result = distill(parse_config("distill", _values(row, seed, args) | {"out": str(path)})).metrics
+    result = result.get("control", result)  # of a control row only the control counts
+    record = {**result, "cpu_seconds": time.process_time() - began}
+    RunDir(path / "bench").create().write_json("result.json", record)
+    return record
+
+
+def _values(row: Row, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The distill config of one run, but for its place."""
     teacher = {0: f"random:{_arch(args.teacher)}", 2: f"{args.teacher},{args.second_teacher}"}
     values: dict[str, Any] = {
         "bank": args.bank, "student": args.student, "teacher": teacher.get(row.teachers, args.teacher),
         "loss": {"name": row.loss, **row.options}, "labels": _labels(row, args.beside), "holdout": 0.0,
         "eval_data": args.eval_data, "protocol": args.protocol, "epochs": args.epochs, "seed": seed, "fresh": 0.0,
-        "out": str(path), "resume": True, "runtime": {"precision": args.precision, "device": "cpu"}, **row.config,
+        "resume": True, "runtime": {"precision": args.precision, "device": "cpu"}, **row.config,
     }  # fmt: skip
     if args.lr is not None:
         values["lr"] = args.lr
-    began = time.process_time()
-    result = distill(parse_config("distill", values)).metrics
-    result = result.get("control", result)  # of a control row only the control counts
-    record = {**result, "cpu_seconds": time.process_time() - began}
-    RunDir(path / "bench").create().write_json("result.json", record)
-    return record
+    return values
 
 
 def _labels(row: Row, beside: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from synthkit import tables
+from synthkit.distillation.weighted import Term, parse_terms
 
 SHORT = 1  # epochs of a warm-up or of an initial phase, which the sources spread over 20 to 30 of 240
 
@@ -29,6 +30,26 @@ SMALL_GENDD = {"width": 128, "repeats": 8, "steps": 16, "samples": 1}
 
 ALONE = ("soft_ce", "js", "l1", "mse", "pld", "simkd", "gendd", "ferkd", "lelp", "mealv2", "distill_weighted")
 """Losses that were published, or are meant, with nothing beside them."""
+
+
+METHODLESS = ("ce", "kd")
+"""What methods stand beside."""
+
+
+def evened(row: Row, factor: float) -> Row | None:
+    """The row with the weight of its method times `factor`; None where it has none, or several networks of its own
+    are judged (a deployed module learns by the loss alone, so no weight changes it)."""
+    terms = parse_terms(row.loss)
+    method = [t.name for t in terms if t.name not in METHODLESS]
+    if len(method) != 1 or tables.lookup("loss", method[0]).requires.deploys:
+        return None
+
+    def text(term: Term) -> str:
+        weight = term.weight * (factor if term.name == method[0] else 1.0)
+        schedule = f"@{term.form}{term.at:g}" if term.form not in ("", "cosine") else "@cosine" if term.form else ""
+        return (f"{weight:.3g}*" if weight != 1.0 else "") + term.name + schedule
+
+    return replace(row, loss="+".join(text(term) for term in terms))
 
 
 def rows(beside: str) -> dict[str, Row]:

@@ -29,8 +29,10 @@ def losses(folder: Path) -> str:
 INTRODUCTION = (
     "Written by `python -m synthkit.bench.pages` from the JSON beside it. Top-1 on test images, last epoch, mean "
     "± std over seeds. `above KD` is the mean difference to the row `kd` over the same seeds ± its standard error. "
-    "Weights are the published ones; warm-ups and initial phases take one epoch. These are minutes of two CPU cores, "
-    "not the published 240 epochs: a loss that needs a long schedule is not judged here."
+    "`pull` is the norm of a method's gradient on the student's weights at the first step, in units of the plain row's "
+    "(`ce` or `kd`, whichever stands beside the methods). Weights are the published ones, but for rows `..._even`, "
+    "where a method begins with pull 1; warm-ups and initial phases take one epoch. These are minutes of two CPU "
+    "cores, not the published 240 epochs: a loss that needs a long schedule is not judged here."
 )
 
 
@@ -44,8 +46,8 @@ def section(table: dict[str, Any], title: str, name: str) -> list[str]:
         f"`{name}`: bank of {_images(table)}, {table['epochs']} epochs, protocol `{table['protocol']}`, precision "
         f"{table['precision']}; the teacher has {_percent(teacher)} %.",
         "",
-        "| row | loss | top-1 | above KD | CPU s |",
-        "|---|---|---|---|---|",
+        "| row | loss | top-1 | above KD | pull | CPU s |",
+        "|---|---|---|---|---|---|",
     ]
     return [*lines, *(_line(key, row) for key, row in rows), ""]
 
@@ -62,7 +64,8 @@ def _images(table: dict[str, Any]) -> str:
 
 def _line(name: str, row: dict[str, Any]) -> str:
     if row["top1"] is None:
-        return f"| `{name}` | `{row['loss']}` | – | {row['failed'].split('; ')[0].removeprefix('seed 0: ')} | |"
+        reason = row["failed"].split("; ")[0].removeprefix("seed 0: ")
+        return f"| `{name}` | `{row['loss']}` | – | {reason} | {_pull(row)} | |"
     top1, gap = row["top1"], row.get("above_kd")
     shown = _percent(top1["mean"]) + (f" ± {_percent(top1['std'])}" if top1["n"] > 1 else "")
     above = ""
@@ -71,7 +74,11 @@ def _line(name: str, row: dict[str, Any]) -> str:
     plain = f" (its own classifier: {_percent(row['plain_top1']['mean'])})" if "plain_top1" in row else ""
     options = ", ".join(f"{k} {v}" for k, v in {**row["options"], **row["config"]}.items())
     how = f"`{row['loss']}`" + (f", {options}" if options else "")
-    return f"| `{name}` | {how} | {shown}{plain} | {above} | {row['cpu_seconds']:.0f} |"
+    return f"| `{name}` | {how} | {shown}{plain} | {above} | {_pull(row)} | {row['cpu_seconds']:.0f} |"
+
+
+def _pull(row: dict[str, Any]) -> str:
+    return f"{row['pull']:.2g}" if row.get("pull") else ""
 
 
 def _mean(row: dict[str, Any]) -> float:

@@ -18,6 +18,8 @@ from synthkit.distillation.assemble import assemble
 from synthkit.distillation.deployed import Deployed
 from synthkit.distillation.objective import LOOK_ROWS, Distillation
 from synthkit.distillation.outputs import check_out, finish_run, short_hash, start_run
+from synthkit.distillation.pulls import FILE as PULLS
+from synthkit.distillation.pulls import first_pulls, in_words
 from synthkit.distillation.ranks import talking
 from synthkit.distillation.sources import (
     BatchSource,
@@ -303,7 +305,12 @@ class _Job:
         )
         if found is None or not trainer.restore():
             objective.loss.prepare(objective.looks(source))
+            if self.runtime.world == 1 and not self.runtime.config.compile:
+                run.write_json(PULLS, norms := first_pulls(trainer, objective))
+                for line in in_words(norms):
+                    self.runtime.say(line)
         result = {**self.facts(loaded.card.arch, control), "seed": seed, **trainer.fit()}
+        result["first_gradient_norms"] = run.read_json(PULLS)
         best = max((r["top1"] for r in run.metrics() if "top1" in r), default=None) if self.runtime.is_main else None
         if best is not None and cfg.eval_every:
             result["best_top1_diagnostic"] = best  # chosen on the test data, so never the headline

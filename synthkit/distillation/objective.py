@@ -168,8 +168,8 @@ class Distillation:
         """The student's part of `look`, for the pass that takes gradients down to its weights."""
         return self.student(batch.images)
 
-    def figures(self, seen: Seen) -> Figures:
-        """The loss of what was seen."""
+    def parts(self, seen: Seen) -> dict[str, Tensor]:
+        """Every term of what was seen, as the scalar that is minimised."""
         student, teacher, batch = seen.student, seen.teacher, seen.batch
         assert student is not None and teacher is not None  # `look` made them
         values = self.loss(student, teacher, batch)
@@ -177,11 +177,16 @@ class Distillation:
             values["label_ce"] = self.label_weight * ce_per_sample(student.logits, batch.labels)
         if self.pace is not None:
             values = paced(values, self.pace(math.floor(batch.epoch)))
-        parts = {name: value.mean() for name, value in values.items()}
+        return {name: value.mean() for name, value in values.items()}
+
+    def figures(self, seen: Seen) -> Figures:
+        """The loss of what was seen."""
+        assert seen.student is not None and seen.teacher is not None  # `look` made them
+        parts = self.parts(seen)
         task = [parts[name] for name in TASK_TERMS if name in parts]
         shown = {name: value.detach() for name, value in parts.items()} if len(parts) > 1 else {}
         if not self.loss.requires.deploys:  # there the student's own classifier is not what is used
-            shown["agreement"] = agreement_per_sample(student.logits.detach(), teacher.logits).mean()
+            shown["agreement"] = agreement_per_sample(seen.student.logits.detach(), seen.teacher.logits).mean()
         return Figures(
             loss=torch.stack(list(parts.values())).sum(),
             task=torch.stack(task).sum() if task else None,

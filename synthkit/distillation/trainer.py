@@ -8,11 +8,10 @@ inside a step: figures are kept on the device and read every `CHECK_EVERY` steps
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +34,7 @@ from synthkit.distillation.ranks import average_gradients, gather_batch, synchro
 from synthkit.distillation.sources import BatchSource, stream_seed
 from synthkit.distillation.state import StateStore
 from synthkit.errors import NonFiniteError
+from synthkit.models.bn_stats import running_statistics_kept
 from synthkit.models.view import ModelView, TeacherView
 from synthkit.runtime import RunDir, Runtime, format_bytes, format_seconds, peak_memory
 
@@ -212,15 +212,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         # dropout and the like draw from torch's own generator: forked in `fit`, seeded per step, so resuming is exact
-        torch.manual_seed(stream_seed(self.seed, "dropout", self.step, self.runtime.rank))
+        self.runtime.seed_modules(stream_seed(self.seed, "dropout", self.step, self.runtime.rank))
         self.objective.on_step(self.optimizer, self.step / self.total)
-        batch = self.source.batch(self.step)
-        batch.epoch, batch.progress = self.step / self.source.steps_per_epoch, self.step / self.total
-        batch.draw = drawer(self.seed, self.step)
-        if self.channels_last:
-            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
         self.optimizer.zero_grad(set_to_none=True)
-        figures = self._backward(batch)
+        figures = self._backward(self.batch())
         if self.runtime.world > 1:
             each = getattr(self.optimizer, "each_part", None)  # DOT keeps two gradients of every parameter
             _ = each(average_gradients) if each else average_gradients(self.parameters)
@@ -230,6 +225,15 @@ class Trainer:
         self._note(figures)
         self.step += 1
         return rate
+
+    def batch(self) -> Batch:
+        """This rank's slice of the global batch of the present step."""
+        batch = self.source.batch(self.step)
+        batch.epoch, batch.progress = self.step / self.source.steps_per_epoch, self.step / self.total
+        batch.draw = drawer(self.seed, self.step)
+        if self.channels_last:
+            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        return batch
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of one global batch, in one piece or in micro-batches; returns the figures to log."""
@@ -260,7 +264,7 @@ class Trainer:
         2021, "gradient cache"). The same arithmetic as one batch, but for BatchNorm, which sees each part alone.
         """
         seen = []
-        with torch.no_grad(), _running_statistics_kept(self.network), self.runtime.autocast():
+        with torch.no_grad(), running_statistics_kept(self.network), self.runtime.autocast():
             for number, part in enumerate(parts):
                 self._reseed(number)
                 seen.append(self.objective.look(part))
@@ -301,7 +305,7 @@ class Trainer:
 
     def _reseed(self, part: int) -> None:
         """Dropout of one micro-batch: the same in both of its forward passes."""
-        torch.manual_seed(stream_seed(self.seed, "dropout", self.step, self.runtime.rank, part))
+        self.runtime.seed_modules(stream_seed(self.seed, "dropout", self.step, self.runtime.rank, part))
 
     @torch.no_grad()
     def _follow(self, average: nn.Module) -> None:
@@ -383,16 +387,3 @@ class Trainer:
             f"{self.source.batch_size} images, about {format_seconds(rest)} to go, "
             f"{format_bytes(peak_memory())} of memory"
         )
-
-
-@contextlib.contextmanager
-def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises with the batch's statistics, as in training, but does not record them."""
-    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True

@@ -138,3 +138,16 @@ class StatisticsEMA:
 def bn_statistics_loss(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> Tensor:
     """||var - running_var||_2 + ||mean - running_mean||_2 of one layer; all (C,), returns a scalar."""
     return torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean)
+
+
+@contextlib.contextmanager
+def running_statistics_kept(network: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with the batch's statistics, as in training, but does not record them."""
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

@@ -10,7 +10,7 @@ import pytest
 from synthkit import tables
 from synthkit.bench import pages
 from synthkit.bench.losses import main
-from synthkit.bench.losses_plan import rows
+from synthkit.bench.losses_plan import Row, evened, rows
 from synthkit.distillation.weighted import parse_terms
 from synthkit.errors import ConfigError
 
@@ -48,20 +48,39 @@ def test_a_table(scene, capsys):
     chosen = ["--beside", "kd", "--control", f"npz:{scene / 'data.npz'}"]
     chosen += ["--losses", "kd,at,simkd,control_real,control_noise"]
     out = scene / "losses_mnist_synthetic.json"
-    assert main([*words(scene), *chosen, "--out", str(out)]) == 0
+    assert main([*words(scene), *chosen, "--even", "--out", str(out)]) == 0
     table = json.loads(out.read_text())
     assert table["rows"]["kd"]["top1"]["n"] == 2 and table["rows"]["kd"]["above_kd"]["mean"] == 0.0
     gaps = [a - b for a, b in zip(*(table["rows"][n]["top1"]["values"] for n in ("at", "kd")), strict=True)]
     assert table["rows"]["at"]["above_kd"]["mean"] == pytest.approx(sum(gaps) / 2)
     assert table["rows"]["simkd"]["top1"] is None and "classifier" in table["rows"]["simkd"]["failed"]
     assert {"control_real", "control_noise"} <= set(table["rows"])
+    pulls = {name: row["pull"] for name, row in table["rows"].items()}
+    assert pulls["kd"] == pytest.approx(1.0) and pulls["at"] > 3 and pulls["simkd"] == 0
+    even = parse_terms(table["rows"]["at_even"]["loss"])
+    assert [t.name for t in even] == ["kd", "at"] and even[1].weight == pytest.approx(1000 / pulls["at"], rel=0.01)
     before = {p: p.stat().st_mtime_ns for p in (scene / "work").rglob("*.safetensors")}
     capsys.readouterr()
-    assert main([*words(scene), *chosen]) == 0
+    assert main([*words(scene), *chosen, "--even"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == table["rows"]
     assert {p: p.stat().st_mtime_ns for p in (scene / "work").rglob("*.safetensors")} == before
     text = pages.losses(scene)
     assert "| `at` | `kd+1000*at` |" in text and "| `simkd` | `simkd` | – |" in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "even"),
+    [
+        ("ce+kd@ramp1+2*nd", "ce+kd@ramp1+nd"),
+        ("kd@from1+ab@until1", "kd@from1+0.5*ab@until1"),
+        ("js", "0.5*js"),
+        ("kd", None),
+        ("simkd", None),
+    ],
+)
+def test_even_weights(loss, even):
+    row = evened(Row(loss), 0.5)
+    assert row == (None if even is None else Row(even))
 
 
 def test_an_unknown_row(scene):

@@ -15,7 +15,9 @@ from torch import nn
 
 from synthkit import tables
 from synthkit.distillation.contract import Batch, Look, Loss, LossNeeds, Setup, Taps
-from synthkit.distillation.objective import drawer
+from synthkit.distillation.objective import Distillation, drawer
+from synthkit.distillation.pulls import gradient_norms
+from synthkit.models.bn_stats import running_statistics_kept
 from synthkit.models.build import build_model
 from synthkit.models.taps import TapSet
 from synthkit.models.view import ModelView, TeacherView
@@ -99,6 +101,22 @@ def test_a_step(name):
     assert all(p.grad is None for p in scene.teacher.module.parameters())
     for network in (scene.student.module, scene.teacher.module):
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_look_at_the_gradients_leaves_no_trace(name):
+    scene = Scene(name)
+    needs = scene.loss.requires
+    if needs.teachers > 1:
+        return  # the scene has no ensemble
+    scene.loss.prepare(scene.looks)
+    parts = nn.ModuleDict({"student": scene.student.module, **({"aux": scene.loss.aux} if scene.loss.aux else {})})
+    before = {k: v.clone() for k, v in parts.state_dict().items()}
+    objective = Distillation(scene.loss, scene.taps, scene.teacher_taps)
+    with torch.random.fork_rng(), running_statistics_kept(parts):
+        norms = gradient_norms(objective, scene.student.module, scene.batch())
+    assert norms and sum(norms.values()) > 0
+    assert all(torch.equal(v, before[k]) for k, v in parts.state_dict().items())
 
 
 @pytest.mark.parametrize("name", NAMES)

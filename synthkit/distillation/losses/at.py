@@ -36,7 +36,7 @@ def at_loss(
     >>> float(at_loss(torch.ones(1, 2, 2, 2), 3 * torch.ones(1, 5, 4, 4)))
     0.0
     """
-    s, t = pool_to_smaller(student, teacher)
+    s, t = pool_to_smaller(student, teacher, wide=False)
     return reduce((attention(s, power) - attention(t, power)).square().mean(dim=1), reduction)
 
 

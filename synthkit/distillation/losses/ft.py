@@ -39,7 +39,7 @@ def ft_loss(student: Tensor, teacher: Tensor, *, reduction: Literal["none", "mea
     >>> float(ft_loss(torch.ones(1, 2, 2, 2), torch.ones(1, 3, 4, 4)))
     0.0
     """
-    s, t = pool_to_smaller(student, teacher)
+    s, t = pool_to_smaller(student, teacher, wide=False)
     return reduce((attention(s) - attention(t)).abs().mean(dim=1), reduction)
 
 

@@ -52,16 +52,25 @@ def mean_per_sample(values: Tensor) -> Tensor:
     return values.flatten(1).mean(dim=1)
 
 
-def pool_to_smaller(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps at the smaller height and the smaller width, by adaptive average pooling, in full precision."""
+def pool_to_smaller(student: Tensor, teacher: Tensor, *, wide: bool = True) -> tuple[Tensor, Tensor]:
+    """Both maps at the smaller height and the smaller width, by adaptive average pooling, in full precision; with
+    `wide` off a map that needs no pooling stays in its own."""
     size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
-    pooled = [widen(f) if f.shape[2:] == size else F.adaptive_avg_pool2d(widen(f), size) for f in (student, teacher)]
-    return pooled[0], pooled[1]
+
+    def pooled(feature: Tensor) -> Tensor:
+        if feature.shape[2:] != size:
+            return F.adaptive_avg_pool2d(widen(feature), size)
+        return widen(feature) if wide else feature
+
+    return pooled(student), pooled(teacher)
 
 
 def attention(feature: Tensor, power: float = 2.0) -> Tensor:
     """(B, h w): the mean over channels of `|f|^power`, flattened, with unit Euclidean norm."""
-    return F.normalize(widen(feature).abs().pow(power).mean(dim=1).flatten(1), dim=1)
+    from synthkit.distillation.energy import mean_square  # imports torch
+
+    energy = mean_square(feature) if power == 2 else widen(feature).abs().pow(power).mean(dim=1)
+    return F.normalize(energy.flatten(1), dim=1)
 
 
 def regressor(student: MapShape, teacher: MapShape, *, relu: bool = True) -> nn.Sequential:

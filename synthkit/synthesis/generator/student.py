@@ -233,12 +233,7 @@ class StudentLoop:
     @contextlib.contextmanager
     def module_draws(self, stream: str) -> Iterator[None]:
         """Dropout and the like can only draw from torch's global generator: lend it, seeded, and put it back."""
-        on_gpu = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
-            seed = self.task.seed_of(stream)
-            torch.default_generator.manual_seed(seed)
-            if on_gpu:
-                torch.cuda.manual_seed(seed)
+        with self.task.runtime.module_draws(self.task.seed_of(stream)):
             yield
 
     def described(self, images: Tensor, labels: Tensor | None = None) -> ImageBatch:

@@ -82,11 +82,7 @@ class CoTrainedStudent:
     @contextlib.contextmanager
     def _lent_global_generator(self) -> Iterator[None]:
         """Dropout can only draw from torch's global generator: lend it, seeded, and put it back."""
-        device, seed = self.task.runtime.device, self.task.seed_of(f"student-modules-{self.step}")
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                torch.cuda.manual_seed(seed)
+        with self.task.runtime.module_draws(self.task.seed_of(f"student-modules-{self.step}")):
             yield
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from distillation.losses.map_cases import build, close, random_maps, taps
 from synthkit import tables
@@ -46,6 +47,20 @@ def test_attention_has_unit_norm_and_survives_zeros():
     zeros = torch.zeros(1, 4, 2, 2, requires_grad=True)
     attention(zeros).sum().backward()
     assert zeros.grad is not None and not zeros.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_of_squares_is_its_formula_with_gradients(dtype):
+    """Power 2 has a backward pass of its own."""
+    f = random_maps((3, 4, 2, 5), (1, 1, 1, 1))[0].to(dtype).requires_grad_()
+    naive = f.detach().clone().requires_grad_()
+    weights = torch.rand(3, 10, dtype=torch.float64)
+    (attention(f).double() * weights).sum().backward()
+    (F.normalize(naive.double().abs().pow(2).mean(1).flatten(1), dim=1) * weights).sum().backward()
+    assert f.grad is not None and naive.grad is not None and f.grad.dtype == dtype
+    torch.testing.assert_close(f.grad, naive.grad, atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(attention, (f,)) and torch.autograd.gradgradcheck(attention, (f,))
 
 
 def test_widening():
