@@ -107,6 +107,10 @@ class DistillConfig:
     """Optimiser; dot is SGD with a momentum of its own for the labels' part of the loss (DOT)."""
     momentum: float | None = None
     """SGD momentum."""
+    nesterov: bool | None = None
+    """Nesterov momentum of SGD."""
+    dot_delta: float | None = None
+    """How far dot moves its two momenta apart (none: 0.075)."""
     weight_decay: float | None = None
     """Weight decay on all parameters."""
     ema: float = 0.0
@@ -116,6 +120,12 @@ class DistillConfig:
     """Learning-rate schedule."""
     eta: float | None = None
     """How slowly cosine, linear and cosine_drop fall: a run is 1/eta of the way to 0 (2 ends at half the rate)."""
+    floor: float | None = None
+    """Share of the peak rate at which cosine and linear end."""
+    milestones: tuple[float, ...] | None = None
+    """Shares of the run at which a step schedule falls (none: 0.625,0.75,0.875)."""
+    gamma: float | None = None
+    """Factor of a step schedule at each milestone (none: 0.1)."""
     warmup: float | None = None
     """Share of the steps with linear warm-up; of a one-cycle run the share that rises."""
     augment: str | None = None

@@ -60,7 +60,7 @@ def _composed(images: Tensor, policy: str, generator: torch.Generator) -> Tensor
         images = mixing.shuffled_patches(images, generator)
         images = mixing.resized_crop_flip(images, generator, scale=(0.5, 1.0), size=size)
     elif policy.startswith("rrc_flip"):
-        images = mixing.resized_crop_flip(images, generator)
+        images = mixing.resized_crop_flip(images, generator, scale=(0.6 if policy == "rrc_flip_large" else 0.08, 1.0))
     else:
         images = augment(images, policy.removesuffix("_cutmix").removesuffix("_mixup"), generator)
     if policy.endswith("_cutmix"):

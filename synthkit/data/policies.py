@@ -11,6 +11,7 @@ POLICIES: dict[str, str] = {
     "affine": "random rotation of +-15 degrees, scale 0.9-1.1, translation of +-10 % (kornia), zero filled",
     "crop_flip_cutout": "crop, flip, and a square of half the side set to the batch mean (cutout)",
     "rrc_flip": "random resized crop (area 0.08-1, ratio 3/4-4/3, antialiased) and flip: the usual one of ImageNet",
+    "rrc_flip_large": "the same with areas of 0.6-1 (GenDD on ImageNet)",
     "rrc_flip_cutmix": "rrc_flip, then CutMix (alpha 1): a box of every image from another one of the batch",
     "rrc_flip_mixup": "rrc_flip, then mixup (alpha 0.8): every image blended with another one of the batch",
     "crop_flip_cutmix": "crop_flip, then CutMix (alpha 1)",

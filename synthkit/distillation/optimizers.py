@@ -33,7 +33,7 @@ def make_optimizer(
     if plan.optimizer == "dot":
         from synthkit.distillation.dot import DOT
 
-        return DOT(groups, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+        return DOT(groups, lr=plan.lr, momentum=plan.momentum, delta=plan.dot_delta, weight_decay=plan.weight_decay)
     if plan.optimizer == "sgd":
         optimizer = torch.optim.SGD(
             groups,

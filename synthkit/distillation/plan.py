@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ class Plan:
     """Momentum of SGD; not read by the Adams."""
     nesterov: bool = False
     """Nesterov momentum of SGD."""
+    dot_delta: float = 0.075
+    """How far dot moves the two momenta apart: momentum - delta for the labels' part, + delta for the teacher's."""
     weight_decay: float = 5e-4
     """On all parameters, BatchNorm and biases included unless `decay_vectors` says otherwise."""
     decay_vectors: bool = True
@@ -42,6 +45,8 @@ class Plan:
     """cosine, linear, cosine_drop, onecycle, step or constant: see `lr_at`."""
     eta: float = 1.0
     """How slowly cosine, linear and cosine_drop fall: a run is 1/eta of the way to 0 (eta 2 ends at half the rate)."""
+    floor: float = 0.0
+    """Share of `lr` at which cosine and linear end (eta 1)."""
     milestones: tuple[float, ...] = (0.625, 0.75, 0.875)
     """Shares of the whole run at which a step schedule falls."""
     gamma: float = 0.1
@@ -74,6 +79,14 @@ class Plan:
             raise ConfigError("schedule onecycle: warmup says which share rises", got=0, hint="0.3 is usual")
         if not self.eta >= 1:
             raise ConfigError("eta must be at least 1 (a smaller one would reach 0 before the end)", got=self.eta)
+        if not 0 <= self.floor < 1:
+            raise ConfigError("floor is a share of lr in [0, 1)", got=self.floor)
+        if not self.gamma > 0 or not all(0 < share < 1 for share in self.milestones):
+            raise ConfigError(
+                "gamma must be positive, and milestones are shares of the run in (0, 1)",
+                got=(self.gamma, self.milestones),
+                hint="0.625,0.75,0.875 for epochs 150, 180, 210 of 240",
+            )
         if self.optimizer not in OPTIMIZERS:
             raise ConfigError("optimizer: not known", got=self.optimizer, allowed=OPTIMIZERS)
 
@@ -89,9 +102,10 @@ class Plan:
         """Learning rate of step `step` (from 0) of `total`.
 
         With p the share of the steps after the warm-up that is done: cosine `(1 + cos(pi p / eta)) / 2`, linear
-        `1 - p / eta`, cosine_drop the same cosine until p = 5/6 and `(1 + cos(5 pi / (6 eta))) / 2 * (1 - p)` after
-        it (a jump, as released), step `gamma` to the number of milestones passed, constant 1; all times lr. onecycle:
-        a half cosine from lr/25 up to lr in the first `warmup` of the steps, another down to lr/250,000.
+        `1 - p / eta` (both between 1 and `floor` instead of 1 and 0), cosine_drop the same cosine until p = 5/6 and
+        `(1 + cos(5 pi / (6 eta))) / 2 * (1 - p)` after it (a jump, as released), step `gamma` to the number of
+        milestones passed, constant 1; all times lr. onecycle: a half cosine from lr/25 up to lr in the first `warmup`
+        of the steps, another down to lr/250,000.
         """
         if self.schedule == "onecycle":
             return self._one_cycle(step, total)
@@ -106,10 +120,12 @@ class Plan:
             return self.lr * self.gamma**passed
         done = min(max(at - warm, 0) / max(total - warm, 1), 1.0)
         if self.schedule == "linear":
-            return self.lr * (1.0 - done / self.eta)
+            return self.lr * (self.floor + (1.0 - self.floor) * (1.0 - done / self.eta))
         if self.schedule == "cosine_drop" and done > _DROP_AT:
             return self.lr * _half_cosine(_DROP_AT / self.eta) * (1.0 - done)
-        return self.lr * _half_cosine(done / self.eta)
+        if self.schedule == "cosine_drop":
+            return self.lr * _half_cosine(done / self.eta)
+        return self.lr * (self.floor + (1.0 - self.floor) * _half_cosine(done / self.eta))
 
     def _one_cycle(self, step: int, total: int) -> float:
         first, last = self.lr / _ONE_CYCLE_START, self.lr / _ONE_CYCLE_START / _ONE_CYCLE_END
@@ -125,11 +141,25 @@ class Plan:
         who = self.optimizer + (detail if self.optimizer in ("sgd", "dot") else "")
         warm = f" after {100 * self.warmup:g} % warm-up" if self.warmup else ""
         slow = f" eta {self.eta:g}" if self.eta != 1 else ""
+        slow += f" to {self.lr * self.floor:g}" if self.floor else ""
         spared = "" if self.decay_vectors else " (none on vectors)"
         return (
             f"{who}, lr {self.lr:g} {self.schedule}{slow}{warm}, "
             f"wd {self.weight_decay:g}{spared}, batch {self.batch_size}, {length}, augment {self.augment}"
         )
+
+    def idle(self, names: Collection[str]) -> list[str]:
+        """Which of the named values this plan does not read."""
+        read = {
+            "momentum": self.optimizer in ("sgd", "dot"),
+            "nesterov": self.optimizer == "sgd",
+            "dot_delta": self.optimizer == "dot",
+            "milestones": self.schedule == "step",
+            "gamma": self.schedule == "step",
+            "floor": self.schedule in ("cosine", "linear"),
+            "eta": self.schedule in ("cosine", "linear", "cosine_drop"),
+        }
+        return [name for name in names if not read.get(name, True)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for run.json."""

@@ -132,6 +132,8 @@ def check_task(cfg: DistillConfig) -> DistillTask:
     if (said := beside_note(protocol, cfg.loss_name, options)) is not None:
         notes.append(said)
     notes += advice(loss, cfg, plan)
+    if idle := plan.idle(changed):
+        notes.append(f"{' and '.join(idle)}: not read by optimizer {plan.optimizer} with schedule {plan.schedule}")
     if (said := mixing_note(plan.augment, cfg.labels)) is not None:
         notes.append(said)
     if bank.spec.contains_real:

@@ -58,17 +58,18 @@ def test_patches_are_shuffled_for_every_image_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_crops_are_torchvisions(dtype):
+@pytest.mark.parametrize(("policy", "smallest"), [("rrc_flip", 0.08), ("rrc_flip_large", 0.6)])
+def test_crops_are_torchvisions(policy, smallest, dtype):
     images = batch() if dtype == torch.float32 else (batch() * 255).to(torch.uint8)
-    found = augment(images, "rrc_flip", seeded(4))
+    found = augment(images, policy, seeded(4))
     drawn = torch.rand((8, 23), generator=seeded(4), dtype=torch.float64).numpy()
-    boxes = np.rint(random_crops(drawn[:, :22], (16, 16), (0.08, 1.0), RATIO) * 16).astype(int)
+    boxes = np.rint(random_crops(drawn[:, :22], (16, 16), (smallest, 1.0), RATIO) * 16).astype(int)
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
         wanted = resized_crop(images[i].float(), top, left, height, width, [16, 16], antialias=True)
         wanted = wanted.flip(-1) if drawn[i, 22] < 0.5 else wanted
         assert (found[i].float() - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 0.51)
     areas = boxes[:, 2] * boxes[:, 3] / 256
-    assert areas.min() < 0.5 < areas.max()
+    assert areas.min() < max(0.5, smallest + 0.15) < areas.max()
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if mixes(name)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -215,12 +216,46 @@ def test_light_networks_get_their_own_rate():
         {"schedule": "cosin"},
         {"optimizer": "sgdd"},
         {"eta": 0.5},
+        {"floor": 1.0},
+        {"gamma": 0.0},
+        {"milestones": (0.5, 1.5)},
         {"schedule": "onecycle"},
     ],
 )
 def test_values_out_of_range(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         Plan(**changes)
+
+
+def test_a_floor_lifts_the_end():
+    for schedule in ("cosine", "linear"):
+        plan = Plan(lr=0.2, schedule=schedule, epochs=10, floor=0.05)
+        rates = [plan.lr_at(step, 1000, 100) for step in range(1001)]
+        assert rates[0] == pytest.approx(0.2) and rates[-1] == pytest.approx(0.01)
+        plain = replace(plan, floor=0.0)
+        assert all(r == pytest.approx(0.01 + 0.95 * plain.lr_at(s, 1000, 100)) for s, r in enumerate(rates))
+    assert "cosine to 0.01" in Plan(lr=0.2, epochs=1, floor=0.05).describe()
+
+
+def test_flags_reach_the_optimiser():
+    plan = distill_plan(config(nesterov=True, milestones=(0.5,), gamma=0.3, schedule="step"), (3, 32, 32))[1]
+    network = torch.nn.Linear(2, 2)
+    assert make_optimizer(plan, network, torch.device("cpu")).param_groups[0]["nesterov"]
+    assert [round(plan.lr_at(s, 10, 10) / plan.lr, 6) for s in (4, 5)] == [1.0, 0.3]
+    dot = distill_plan(config(optimizer="dot", dot_delta=0.05), (3, 32, 32))[1]
+    assert make_optimizer(dot, network, torch.device("cpu")).param_groups[0]["delta"] == 0.05
+    with pytest.raises(ConfigError, match="stay below 1"):
+        make_optimizer(replace(dot, dot_delta=0.2), network, torch.device("cpu"))
+
+
+def test_values_that_nobody_reads():
+    plan = Plan(optimizer="adamw", schedule="cosine", epochs=1)
+    assert plan.idle(["lr", "momentum", "nesterov", "dot_delta", "milestones", "gamma", "floor", "eta"]) == [
+        "momentum", "nesterov", "dot_delta", "milestones", "gamma",
+    ]  # fmt: skip
+    assert replace(plan, optimizer="dot", schedule="step").idle(["momentum", "dot_delta", "gamma", "floor"]) == [
+        "floor"
+    ]
 
 
 def test_every_protocol_is_whole():
