@@ -302,6 +302,7 @@ class _Job:
             eval_every=cfg.eval_every,
             accumulate=cfg.accumulate,
             ema=cfg.ema,
+            tracked_as="control/" if control else f"seed{seed}/" if cfg.seeds > 1 else "",
         )
         if found is None or not trainer.restore():
             objective.loss.prepare(objective.looks(source))

@@ -65,6 +65,7 @@ class Trainer:
         accumulate: micro-batches of a step. BatchNorm sees each alone, as accumulation always does; a relational loss
             sees the whole batch (the forward passes run twice: once for the loss, once for the gradients).
         ema: decay per step of an exponential moving average of the weights (0: none), kept beside the network.
+        tracked_as: stands before the names of the figures in the trackers, which several runs may share.
     """
 
     def __init__(
@@ -82,12 +83,13 @@ class Trainer:
         eval_every: int = 0,
         accumulate: int = 1,
         ema: float = 0.0,
+        tracked_as: str = "",
     ):
         self.runtime, self.view, self.source, self.plan = runtime, view, source, plan
         self.objective: Objective = objective if hasattr(objective, "look") else FromFunction(view, objective)  # type: ignore[assignment,arg-type]  # a function has no `look`
         self.run_dir, self.seed, self.description = run_dir, seed, description
         self.on_epoch, self.eval_every = on_epoch, eval_every
-        self.accumulate, self.decay = accumulate, ema
+        self.accumulate, self.decay, self.tracked_as = accumulate, ema, tracked_as
         self.total = plan.total_steps(source.steps_per_epoch)
         self.epochs = -(-self.total // source.steps_per_epoch)
         self.state = StateStore(run_dir.path / "state")
@@ -369,7 +371,7 @@ class Trainer:
         record["seconds"] = self.seconds
         if self.runtime.is_main:
             self.run_dir.log(record)
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            numbers = {f"{self.tracked_as}{k}": v for k, v in record.items() if isinstance(v, int | float)}
             self.runtime.accelerator.log(numbers, step=self.step)  # to the trackers, where any were asked for
         self._sums = {}
         return record

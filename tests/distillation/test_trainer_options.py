@@ -301,6 +301,16 @@ def test_trackers_of_a_run_are_closed(tmp_path, notebook, workshop):
     assert step == 2 and told["loss"] == found.metrics["loss"]
 
 
+def test_runs_that_share_a_tracker_are_told_apart(tmp_path, notebook, workshop):
+    cfg = DistillConfig(
+        bank=str(workshop.bank), student="lenet5_half", steps=2, batch_size=16, augment="none", seeds=2,
+        control="noise", out=str(tmp_path / "run"), runtime=RuntimeConfig(device="cpu", tracker="notebook"),
+    )  # fmt: skip
+    distill(cfg)
+    names = [{name.rpartition("/")[0] for name in told} for _, told in notebook[1:-1]]
+    assert names == [{"seed0"}, {"seed1"}, {"control"}]
+
+
 def test_a_tracker_that_is_not_there_is_refused(monkeypatch):
     from accelerate import tracking
 
