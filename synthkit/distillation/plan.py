@@ -137,8 +137,8 @@ class Plan:
     def describe(self) -> str:
         """One line: what the network is trained with."""
         length = f"{self.steps} steps" if self.steps is not None else f"{self.epochs or 1} epochs"
-        detail = f" momentum {self.momentum:g}" + (" nesterov" if self.nesterov else "")
-        who = self.optimizer + (detail if self.optimizer in ("sgd", "dot") else "")
+        own = {"sgd": " nesterov" if self.nesterov else "", "dot": f" -/+ {self.dot_delta:g}"}
+        who = self.optimizer + (f" momentum {self.momentum:g}{own[self.optimizer]}" if self.optimizer in own else "")
         warm = f" after {100 * self.warmup:g} % warm-up" if self.warmup else ""
         slow = f" eta {self.eta:g}" if self.eta != 1 else ""
         slow += f" to {self.lr * self.floor:g}" if self.floor else ""
