@@ -1,10 +1,11 @@
 """`synthkit bench ranks`: two processes (gloo) against one with the same global batch, and a killed rank.
 
 Every case trains the same student for a few steps of a bank in one process and in two; `difference` is the largest
-absolute one of any weight or running statistic, `largest` the largest of their values. float64 shows the arithmetic;
-in float32, torch's channels-last BatchNorm on CPU alone is off by a part in ten thousand, which the steps amplify. Then
-rank 1 of a pair is killed with kill -9 in the middle: how long the other takes to end, what it says, and whether the
-resumed pair gives the bytes of an uninterrupted one.
+absolute one of any weight or running statistic, `largest` the largest of their values, `control` the difference of two
+runs of one process, with one and with two threads: what the order of sums alone does to that student. float64 shows the
+arithmetic; in float32, torch's channels-last BatchNorm on CPU is off by a part in ten thousand, which the steps
+amplify. Then rank 1 of a pair is killed with kill -9 in the middle: how long the other takes to end, what it says, and
+whether the resumed pair gives the bytes of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -74,7 +75,11 @@ def main(argv: list[str]) -> int:
         for student, dtype, case in itertools.product(args.students.split(","), args.dtypes.split(","), CASES):
             place, own = root / f"row{len(rows)}", [*words, "--student", student, *CASES[case]]
             rows.append({"student": student, "dtype": dtype, "case": case, **_case(place, dtype, own)})
-            print(f"{student} {dtype} {case}: {rows[-1]['difference']:.2g}", file=sys.stderr, flush=True)
+            print(
+                f"{student} {dtype} {case}: {rows[-1]['difference']:.2g} ({rows[-1]['control']:.2g})",
+                file=sys.stderr,
+                flush=True,
+            )
         last = args.students.split(",")[-1]
         killed = _killed(root / "killed", [*words, "--student", last, "--loss", "kd"], at=max(2, args.steps * 2 // 3))
     result = {
@@ -91,11 +96,13 @@ def main(argv: list[str]) -> int:
 def _case(root: Path, dtype: str, words: list[str]) -> dict[str, Any]:
     _expect(_run([*words, "--out", str(root / "one")], dtype, world=1))
     _expect(_run([*words, "--out", str(root / "two")], dtype, world=2))
-    one, two = (_weights(root / name) for name in ("one", "two"))
+    _expect(_run([*words, "--out", str(root / "control")], dtype, world=1, threads=2))
+    one, two, control = (_weights(root / name) for name in ("one", "two", "control"))
     moved = [k for k in one if one[k].is_floating_point()]
     losses = [json.loads((root / n / "result.json").read_text())["loss"] for n in ("one", "two")]
     return {
         "difference": max(float((one[k].double() - two[k].double()).abs().max()) for k in moved),
+        "control": max(float((one[k].double() - control[k].double()).abs().max()) for k in moved),
         "largest": max(float(one[k].double().abs().max()) for k in moved),
         "loss_one": losses[0],
         "loss_two": losses[1],
@@ -122,7 +129,9 @@ def _killed(root: Path, words: list[str], *, at: int) -> dict[str, Any]:
     }
 
 
-def _run(words: list[str], dtype: str, *, world: int, die_at: int = 0) -> list[tuple[int, str, float]]:
+def _run(
+    words: list[str], dtype: str, *, world: int, die_at: int = 0, threads: int = 1
+) -> list[tuple[int, str, float]]:
     """(exit code, standard error, moment of its end) of every rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -130,7 +139,7 @@ def _run(words: list[str], dtype: str, *, world: int, die_at: int = 0) -> list[t
     command = [sys.executable, "-c", RANK, dtype, str(die_at), *words, *(["--world", "2"] if world == 2 else [])]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(world)]
-        ranks, ended = _start(command, files, port), {}
+        ranks, ended = _start(command, files, port, threads), {}
         deadline = time.monotonic() + TIMEOUT
         try:
             while len(ended) < world:
@@ -148,12 +157,12 @@ def _run(words: list[str], dtype: str, *, world: int, die_at: int = 0) -> list[t
     return found
 
 
-def _start(command: list[str], files: list[Any], port: str) -> list[subprocess.Popen[bytes]]:
+def _start(command: list[str], files: list[Any], port: str, threads: int) -> list[subprocess.Popen[bytes]]:
     ranks, world = [], len(files)
     for rank, file in enumerate(files):
         where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}  # fmt: skip
-        own = {**os.environ, "OMP_NUM_THREADS": "1", **where}
+        own = {**os.environ, "OMP_NUM_THREADS": str(threads), **where}
         ranks.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=own))
     return ranks
 
