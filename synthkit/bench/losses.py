@@ -6,9 +6,9 @@ headline is the last epoch on `--eval-data`; the controls are plain cross-entrop
 knows nothing. Every difference to KD is over the same seeds. Resumed when `--work` exists.
 
 `pull` of a row is the norm of its method's gradient on the student's weights at the first step, in units of the plain
-row's (`ce` or `kd`, as `--beside` says). With `--even` every method that begins more than three times as hard or as
-softly is trained once more with its weight changed so that it begins as hard as the plain row: what is then still lost
-is not lost by the weight.
+row's (`ce` or `kd`, as `--beside` says). With `--even` a method that falls below the plain row, and begins more than
+three times as hard or as softly, is trained once more with its weight changed so that it begins as hard: what is then
+still lost is not lost by the weight.
 """
 
 from __future__ import annotations
@@ -81,11 +81,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError("bench losses: --losses: no such row", got=name, allowed=plan)
     _check(args)
     norm = max(_pull(args.beside, plan[args.beside], args, ()), 1e-12)
+    plain = _mean(_row(args.beside, plan[args.beside], args)) if args.even else 0.0
     made: dict[str, Any] = {}
     for name in names:
         made[name] = _made(name, plan[name], args)
         made[name]["pull"] = ratio = _pull(name, plan[name], args, METHODLESS) / norm
-        if args.even and ratio > 0 and not 1 / UNEVEN <= ratio <= UNEVEN and (even := evened(plan[name], 1 / ratio)):
+        uneven = ratio > 0 and not 1 / UNEVEN <= ratio <= UNEVEN
+        if uneven and _mean(made[name]) < plain and (even := evened(plan[name], 1 / ratio)):
             made[f"{name}_even"] = _made(f"{name}_even", even, args) | {"pull": 1.0}
     if not args.only_runs and "kd" in made and "values" in (made["kd"].get("top1") or {}):
         for row in made.values():
@@ -103,6 +105,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def _mean(row: dict[str, Any]) -> float:
+    """Accuracy, 0 of a row that failed."""
+    return 0.0 if row["top1"] is None else float(row["top1"]["mean"])
 
 
 def _made(name: str, row: Row, args: argparse.Namespace) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def evened(row: Row, factor: float) -> Row | None:
     def text(term: Term) -> str:
         weight = term.weight * (factor if term.name == method[0] else 1.0)
         schedule = f"@{term.form}{term.at:g}" if term.form not in ("", "cosine") else "@cosine" if term.form else ""
-        return (f"{weight:.3g}*" if weight != 1.0 else "") + term.name + schedule
+        rounded = float(f"{weight:.3g}")  # in full: a sum cannot hold "4e+03"
+        return (f"{rounded:.15g}*" if rounded != 1.0 else "") + term.name + schedule
 
     return replace(row, loss="+".join(text(term) for term in terms))
 

@@ -7,6 +7,7 @@ again; a test compares them with the files.
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,54 @@ def section(table: dict[str, Any], title: str, name: str) -> list[str]:
         "| row | loss | top-1 | above KD | pull | CPU s |",
         "|---|---|---|---|---|---|",
     ]
-    return [*lines, *(_line(key, row) for key, row in rows), ""]
+    lines += [*(_line(key, row) for key, row in rows), ""]
+    found = shortfalls(table)
+    if found:
+        plain = table["beside"]
+        lines += [f"Below plain `{plain}` by more than the seeds explain, and why:", ""]
+        lines += [*(f"- `{name}`: {why}." for name, why in found.items()), ""]
+    return lines
+
+
+ALONE = 0.02  # a difference that one seed may make (the spread of the tables with three)
+REASONS = {
+    "random_teacher": "the control, whose teacher knows nothing",
+    "kd_self_paced": "leaves out the hard samples of every batch for half of a short run",
+    "ab": "its first epoch, of a few, sees neither labels nor the teacher's outputs",
+}
+
+
+def shortfalls(table: dict[str, Any]) -> dict[str, str]:
+    """Rows that are worse than the plain one by more than twice the standard error of the paired difference (of one
+    seed: by more than `ALONE`), or that failed, and what is known about it."""
+    rows = table["rows"]
+    plain, found = rows[table["beside"]]["top1"], {}
+    for name, row in rows.items():
+        if name.startswith("control_") or name.endswith("_even") or not _falls(row, plain):
+            continue
+        even = rows.get(f"{name}_even")
+        said = [REASONS[name]] if name in REASONS else []
+        if even is not None:
+            said.append(_evenly(row, even, plain))
+        found[name] = "; ".join(said)
+    return found
+
+
+def _falls(row: dict[str, Any], plain: dict[str, Any]) -> bool:
+    if row["top1"] is None:
+        return "not finite" in row["failed"]
+    gaps = [a - b for a, b in zip(row["top1"]["values"], plain["values"], strict=True)]
+    margin = 2 * statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else ALONE
+    return statistics.fmean(gaps) < -margin
+
+
+def _evenly(row: dict[str, Any], even: dict[str, Any], plain: dict[str, Any]) -> str:
+    """What the weight explains."""
+    how = f"begins {row['pull']:.2g} times as hard as plain training"
+    if even["top1"] is None:
+        return f"{how}, and fails with a weight that begins even (`{even['loss']}`) too"
+    short = " (still below)" if _falls(even, plain) else ""
+    return f"{how}; with a weight that begins even (`{even['loss']}`) it has {_percent(even['top1']['mean'])}{short}"
 
 
 def _heading(table: dict[str, Any], title: str) -> str:

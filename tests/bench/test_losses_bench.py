@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from synthkit import tables
-from synthkit.bench import pages
+from synthkit.bench import losses, pages
 from synthkit.bench.losses import main
 from synthkit.bench.losses_plan import Row, evened, rows
 from synthkit.distillation.weighted import parse_terms
@@ -48,7 +48,7 @@ def test_a_table(scene, capsys):
     chosen = ["--beside", "kd", "--control", f"npz:{scene / 'data.npz'}"]
     chosen += ["--losses", "kd,at,simkd,control_real,control_noise"]
     out = scene / "losses_mnist_synthetic.json"
-    assert main([*words(scene), *chosen, "--even", "--out", str(out)]) == 0
+    assert main([*words(scene), *chosen, "--out", str(out)]) == 0
     table = json.loads(out.read_text())
     assert table["rows"]["kd"]["top1"]["n"] == 2 and table["rows"]["kd"]["above_kd"]["mean"] == 0.0
     gaps = [a - b for a, b in zip(*(table["rows"][n]["top1"]["values"] for n in ("at", "kd")), strict=True)]
@@ -57,15 +57,33 @@ def test_a_table(scene, capsys):
     assert {"control_real", "control_noise"} <= set(table["rows"])
     pulls = {name: row["pull"] for name, row in table["rows"].items()}
     assert pulls["kd"] == pytest.approx(1.0) and pulls["at"] > 3 and pulls["simkd"] == 0
-    even = parse_terms(table["rows"]["at_even"]["loss"])
-    assert [t.name for t in even] == ["kd", "at"] and even[1].weight == pytest.approx(1000 / pulls["at"], rel=0.01)
     before = {p: p.stat().st_mtime_ns for p in (scene / "work").rglob("*.safetensors")}
     capsys.readouterr()
-    assert main([*words(scene), *chosen, "--even"]) == 0
+    assert main([*words(scene), *chosen]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == table["rows"]
     assert {p: p.stat().st_mtime_ns for p in (scene / "work").rglob("*.safetensors")} == before
     text = pages.losses(scene)
     assert "| `at` | `kd+1000*at` |" in text and "| `simkd` | `simkd` | – |" in text
+
+
+def test_what_falls_below_is_trained_with_even_weights(scene, monkeypatch, capsys):
+    accuracy = {"kd": 0.5, "at": 0.3, "sp": 0.6, "cc": 0.4, "semckd": None}
+    pull = {"kd": 1.0, "at": 50.0, "sp": 50.0, "cc": 2.0, "semckd": 0.1}
+
+    def row(name, row, args):
+        value = accuracy.get(name, 0.7)
+        top1 = None if value is None else {"mean": value, "std": 0.0, "n": 2, "values": [value, value]}
+        return {"loss": row.loss, "top1": top1, "teacher_top1": None, "failed": "not finite", "cpu_seconds": 0.0}
+
+    monkeypatch.setattr(losses, "_row", row)
+    monkeypatch.setattr(losses, "_pull", lambda name, *_: pull[name])
+    assert main([*words(scene), "--beside", "kd", "--even", "--losses", ",".join(accuracy)]) == 0
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert {k: v["loss"] for k, v in found.items() if k.endswith("_even")} == {
+        "at_even": "kd+20*at", "semckd_even": "kd+4000*semckd",
+    }  # fmt: skip
+    said = pages.shortfalls({"beside": "kd", "rows": found})
+    assert set(said) == {"at", "cc", "semckd"} and "`kd+20*at`" in said["at"] and "it has 70.00" in said["at"]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +92,7 @@ def test_a_table(scene, capsys):
         ("ce+kd@ramp1+2*nd", "ce+kd@ramp1+nd"),
         ("kd@from1+ab@until1", "kd@from1+0.5*ab@until1"),
         ("js", "0.5*js"),
+        ("ce+30000*pkt", "ce+15000*pkt"),
         ("kd", None),
         ("simkd", None),
     ],
