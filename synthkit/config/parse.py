@@ -230,7 +230,8 @@ class _Build:
         except argparse.ArgumentError as error:
             raise self._bad_value(str(error), flags) from error
         if self.plugin and self.plugin_config:
-            part = _instance(self.plugin_config, values.pop(self.plugin, None) or {})
+            own = values.pop(self.plugin, None)  # the name itself where no part of it has options
+            part = _instance(self.plugin_config, own if isinstance(own, Mapping) else {})
             values.update({self.plugin: part, f"{self.plugin}_name": self.name})
         check_tables(self.command, values)
         if self.command == "synthesize":

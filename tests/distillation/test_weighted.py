@@ -260,6 +260,13 @@ def test_a_config_survives_its_plain_form():
     assert len({config_hash(c) for c in (cfg, other, weight)}) == 3
 
 
+@pytest.mark.parametrize("name", sorted(tables.LOSSES))
+def test_one_weighted_term_is_read_from_a_config(name):
+    """Also where no term has options."""
+    cfg = parse_config("distill", {"bank": "b", "student": "resnet8", "loss": {"name": f"0.5*{name}"}})
+    assert cfg.loss_name == f"0.5*{name}" and cfg.loss == weighted_sum(f"0.5*{name}").Config()
+
+
 def test_run_json_tells_sums_apart():
     """What a resumed run is compared by: the expression and the options of every term."""
     cfg, other = parse_config("distill", [*WORDS, "--loss.kd.temperature", "2"]), parse_config("distill", WORDS)
