@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from synthkit.bench.losses_plan import METHODLESS, Row, evened, rows
+from synthkit.bench.losses_plan import METHODLESS, UNEVEN, Row, evened, rows
 from synthkit.bench.pipeline import spread
 from synthkit.cli.arguments import Arguments
 from synthkit.config.parse import parse_config
@@ -32,7 +32,6 @@ from synthkit.errors import ConfigError, ModelError, NonFiniteError, Requirement
 from synthkit.runtime import RunDir, hardware, versions, write_json
 
 FAILURES = (NonFiniteError, ConfigError, ModelError, RequirementError)
-UNEVEN = 3.0  # times as hard as the plain row, or as softly: then `--even` trains once more
 
 
 def main(argv: list[str]) -> int:

@@ -32,6 +32,7 @@ ALONE = ("soft_ce", "js", "l1", "mse", "pld", "simkd", "gendd", "ferkd", "lelp",
 """Losses that were published, or are meant, with nothing beside them."""
 
 
+UNEVEN = 3.0  # times as hard as the plain row, or as softly: then `--even` trains once more
 METHODLESS = ("ce", "kd")
 """What methods stand beside."""
 
