@@ -307,11 +307,12 @@ class _Job:
         if found is None or not trainer.restore():
             objective.loss.prepare(objective.looks(source))
             if self.runtime.world == 1 and not self.runtime.config.compile:
-                run.write_json(PULLS, norms := first_pulls(trainer, objective))
-                for line in in_words(norms):
+                run.write_json(PULLS, first_pulls(trainer, objective))
+                for line in in_words(run.read_json(PULLS)):
                     self.runtime.say(line)
         result = {**self.facts(loaded.card.arch, control), "seed": seed, **trainer.fit()}
-        result["first_gradient_norms"] = run.read_json(PULLS)
+        if (norms := run.read_json(PULLS)) is not None:  # of this call, or of the one that is resumed
+            result["first_gradient_norms"] = norms
         best = max((r["top1"] for r in run.metrics() if "top1" in r), default=None) if self.runtime.is_main else None
         if best is not None and cfg.eval_every:
             result["best_top1_diagnostic"] = best  # chosen on the test data, so never the headline
@@ -320,6 +321,7 @@ class _Job:
             run.write_json("result.json", result)
             finish_run(run, seconds=result["seconds"], wall_seconds=time.monotonic() - began)
             trainer.state.clear()
+            (path / PULLS).unlink(missing_ok=True)  # it stands in the result
         self.runtime.accelerator.free_memory()
         return result
 
