@@ -241,5 +241,7 @@ def test_the_bars_of_the_distiller_hold():
     ranks = load("bench_ranks.json")
     exact = [row["difference"] for row in ranks["rows"] if row["dtype"] == "float64"]
     assert ranks["steps"] == 20 and max(exact) <= 1e-5
+    # in float32 two processes differ from one no more than one process does from itself with two threads
+    assert all(row["difference"] <= max(1e-5, 3 * row["control"]) for row in ranks["rows"])
     killed = ranks["killed"]
     assert killed["resumed_is_byte_identical"] and "gone or does not answer" in killed["it_said"]

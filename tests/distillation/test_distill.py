@@ -70,6 +70,7 @@ def test_a_student_learns_from_the_bank_alone(config, workshop):
     figures = result.metrics
     assert figures["top1"] >= 0.9 and figures["teacher_top1"] >= 0.95 and figures["holdout_agreement"] >= 0.8
     assert figures["retention"] == pytest.approx(figures["top1"] / figures["teacher_top1"])
+    assert list(figures["first_gradient_norms"]) == ["kd"] and figures["first_gradient_norms"]["kd"] > 0
     assert result.control is not None and result.control["steps"] == figures["steps"] == 12 * (182 // 32)
     assert result.control["top1"] < figures["top1"] and result.control["images"] == 0
 
@@ -133,6 +134,7 @@ def test_several_seeds(config):
 
 def test_real_control_has_the_same_steps(config, workshop):
     result = distill(config(control=workshop.data, epochs=2))
+    assert list(figures["first_gradient_norms"]) == ["kd"] and figures["first_gradient_norms"]["kd"] > 0
     assert result.control is not None and result.control["steps"] == result.metrics["steps"]
     assert result.control["images"] == 182 and "random real images" in result.control["trained_on"]
 
