@@ -73,6 +73,7 @@ REASONS = {
     "kd_self_paced": "leaves out the hard samples of every batch for half of a short run",
     "l1": "without labels, and its gradient has the same size however far the logits are",
     "lelp": "what is deployed learns sub-classes of the teacher's features, without labels",
+    "logit_std": "gives the labels a tenth of their weight and leaves the scale of the logits free; its weight is not why",
     "mealv2": "no labels but the mean of two teachers",
     "nd": "lengthens the features towards the teacher's class means, with a rate for 240 epochs",
     "random_teacher": "the control, whose teacher knows nothing",
