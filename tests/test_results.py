@@ -208,9 +208,10 @@ def test_the_bars_of_the_data_free_family_hold():
 
 def test_the_losses_on_a_synthetic_bank():
     """Every loss, three seeds, both controls; the lines of the README stand on the page."""
-    from synthkit.bench.pages import unknown_rows
+    from synthkit.bench.pages import shortfalls, unknown_rows
 
     table = load("losses_mnist_synthetic.json")
+    assert all(shortfalls(table).values())
     rows = table["rows"]
     assert not unknown_rows(table) - {"mealv2", "distill_weighted"}
     measured = {name: row["top1"] for name, row in rows.items() if row["top1"] is not None}

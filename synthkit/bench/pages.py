@@ -63,7 +63,9 @@ def section(table: dict[str, Any], title: str, name: str) -> list[str]:
 ALONE = 0.03  # of one seed: twice the median spread of the paired differences in losses_cifar10_real.json
 REASONS = {
     "ab": "its first epoch, of a few, sees neither labels nor the teacher's outputs",
+    "ce": "hard labels alone",
     "crd": "a row of its memories is renewed once an epoch, so in a few epochs it contrasts with random vectors",
+    "deit_lt": "takes the teacher's hard decision alone, not its distribution",
     "dot": "its momenta (0.975 and 0.825) make the teacher's part 4 times as fast and the labels' half as fast as in "
     "`ce_kd`",
     "ft": "its translator has to learn first; its pull was not measured",
@@ -73,11 +75,12 @@ REASONS = {
     "kd_self_paced": "leaves out the hard samples of every batch for half of a short run",
     "l1": "without labels, and its gradient has the same size however far the logits are",
     "lelp": "what is deployed learns sub-classes of the teacher's features, without labels",
-    "logit_std": "gives the labels a tenth of their weight and leaves the scale of the logits free; its weight is not why",
+    "logit_std": "leaves the scale of the logits free",
     "mealv2": "no labels but the mean of two teachers",
     "nd": "lengthens the features towards the teacher's class means, with a rate for 240 epochs",
     "random_teacher": "the control, whose teacher knows nothing",
     "simkd": "learns the teacher's last map alone; labels and outputs play no part",
+    "soft_ce": "at temperature 1 the wrong classes hardly count",
 }
 
 

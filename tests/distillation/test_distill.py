@@ -134,7 +134,6 @@ def test_several_seeds(config):
 
 def test_real_control_has_the_same_steps(config, workshop):
     result = distill(config(control=workshop.data, epochs=2))
-    assert list(figures["first_gradient_norms"]) == ["kd"] and figures["first_gradient_norms"]["kd"] > 0
     assert result.control is not None and result.control["steps"] == result.metrics["steps"]
     assert result.control["images"] == 182 and "random real images" in result.control["trained_on"]
 
